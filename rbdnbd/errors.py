@@ -1,0 +1,35 @@
+"""What a person is told: one sentence and an exit status.
+
+Errors are of three kinds that never mix. A start-up error is an `RbdnbdError`: one sentence on
+stderr and an exit status. A request error is an errno on the wire and the connection lives on
+(`rbdnbd.wire.RequestError`). A protocol error ends the connection (`rbdnbd.wire.ProtocolError`).
+Foreign exceptions are translated into these once, in the room that knows the foreign library.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class RbdnbdError(Exception):
+    """Say in one sentence why a command cannot do what it was asked to do.
+
+    `errno` is the system's error number behind it (0 when there is none), `exit_status` what the
+    command exits with: 1 for a failure, 2 for a command line that makes no sense.
+    """
+
+    exit_status = 1
+
+    def __init__(self, message: str, errno: int = 0) -> None:
+        super().__init__(message)
+        self.message = message
+        self.errno = errno
+
+
+class UsageError(RbdnbdError):
+    """A malformed name or option: nothing was tried."""
+
+    exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, errno.EINVAL)
