@@ -3,7 +3,8 @@
 Errors are of three kinds that never mix. A start-up error is an `RbdnbdError`: one sentence on
 stderr and an exit status. A request error is a number on the wire and the connection lives on
 (`OSError` from the image, `rbdnbd.wire.nbd_error`). A protocol error ends the connection
-(`rbdnbd.wire.ProtocolError`). Foreign exceptions are translated into these once, in the room that knows the foreign library.
+(`rbdnbd.wire.ProtocolError`). Foreign exceptions are translated into these once, in the room that
+knows the foreign library.
 """
 
 from __future__ import annotations

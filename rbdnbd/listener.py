@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import socket
 import stat
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -178,22 +180,26 @@ def _receive(sock: socket.socket, length: int, deadline: float) -> bytes:
     return received
 
 
-def listen_unix(path: Path) -> socket.socket:
-    """Listen on a unix socket that only its owner may connect to (mode 0600).
+@contextlib.contextmanager
+def listen_unix(path: Path) -> Iterator[socket.socket]:
+    """Listen on a unix socket that only its owner may connect to (mode 0600); removed at the end.
 
     A socket left behind by a process that is gone is replaced, anything else there refused.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        _remove_stale(path)
-        sock.bind(str(path))
-        path.chmod(0o600)  # nobody can connect before listen()
-        sock.listen()
-    except OSError as error:
-        sock.close()
-        number = error.errno or errno.EINVAL  # "AF_UNIX path too long" comes without a number
-        raise RbdnbdError(f"cannot listen on {path}: {error.strerror or error}", number) from error
-    return sock
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            _remove_stale(path)
+            sock.bind(str(path))
+            path.chmod(0o600)  # nobody can connect before listen()
+            sock.listen()
+        except OSError as error:
+            number = error.errno or errno.EINVAL  # "AF_UNIX path too long" comes without a number
+            message = f"cannot listen on {path}: {error.strerror or error}"
+            raise RbdnbdError(message, number) from error
+        try:
+            yield sock
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _remove_stale(path: Path) -> None:
@@ -222,24 +228,24 @@ def parse_address(address: str) -> tuple[str, int]:
     return host or "127.0.0.1", int(port)
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """Listen on a TCP address; port 0 lets the system choose one."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise RbdnbdError(f"cannot listen on {host}: {error.strerror}", error.errno or 0) from error
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen()
-    except OSError as error:
-        sock.close()
-        message = f"cannot listen on {host}:{port}: {error.strerror}"
-        raise RbdnbdError(message, error.errno or 0) from error
-    return sock
+@contextlib.contextmanager
+def listen_tcp(host: str, port: int) -> Iterator[socket.socket]:
+    """Listen on a TCP address; port 0 lets the system choose one. Other than loopback is logged."""
+    with contextlib.ExitStack() as stack:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            sock = stack.enter_context(socket.socket(family, kind, protocol))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen()
+        except OSError as error:
+            message = f"cannot listen on {host}:{port}: {error.strerror}"
+            raise RbdnbdError(message, error.errno or 0) from error
+        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+            log.warning("whoever reaches %s port %d can read and write the image", host, port)
+        yield sock
 
 
 def uri(sock: socket.socket, export_name: str) -> str:

@@ -1,0 +1,37 @@
+# The commands of the README. Debian 12 or 13, root.
+PREFIX ?= /usr/local
+PYTHON := .venv/bin/python
+LIB := $(PREFIX)/lib/rbdnbd
+
+.PHONY: help demo test lint install uninstall clean
+
+help:
+	@echo "make demo       map an image of a throw-away Ceph cluster, write, read, compare"
+	@echo "make test       run every test, none skipped (TIERS=unit,protocol for some)"
+	@echo "make lint       run ruff and mypy --strict"
+	@echo "make install    install rbdnbd below PREFIX=$(PREFIX), for a host with a cluster of its own"
+	@echo "make uninstall  remove it"
+
+demo:
+	@testbed/setup.sh demo
+	@$(PYTHON) -m testbed.demo
+
+TIERS ?= unit,protocol,cluster,kernel,debian13
+test:
+	@testbed/setup.sh test
+	RBDNBD_TIERS=$(TIERS) $(PYTHON) -m pytest $(ARGS)
+
+lint:
+	@testbed/setup.sh test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+install:
+	@contrib/install.sh "$(LIB)" "$(PREFIX)/bin"
+
+uninstall:
+	rm -rf "$(LIB)" "$(PREFIX)/bin/rbdnbd"
+
+clean:
+	rm -rf .venv .build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""What ends a process of ours, in one queue: signals, and the ends of its connections.
+
+Every signal that asks to end is blocked in all threads, and one thread waits for them: no handler
+runs anywhere, least of all in the thread inside NBD_DO_IT, which a signal would end. The main
+thread waits for whatever comes first. A second signal ends the process without draining.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotDoneError
+from typing import Final, NoReturn, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+_GRACE_SECONDS: Final = 5.0
+
+
+class Interrupted(Exception):
+    """A signal came before the process was ready."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Life:
+    """The signals and endings of this process; made in the main thread before any other starts."""
+
+    def __init__(self) -> None:
+        self._endings: queue.SimpleQueue[int | str | None] = queue.SimpleQueue()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def ended(self, reason: str) -> None:
+        """Report the end of what this process lives for; "" for an orderly one. Any thread."""
+        self._endings.put(reason)
+
+    def wait(self) -> int | str:
+        """Return the number of a signal, or the reason that `ended` was given. Main thread."""
+        while (ending := self._endings.get()) is None:
+            pass
+        return ending
+
+    def during(self, action: Callable[[], T]) -> T:
+        """Return what a slow, blocking action returns, or raise `Interrupted` on a signal.
+
+        The action runs in a thread of its own. After a signal it is given a moment to finish, so
+        that what it has made is undone by whoever called; one that hangs ends the process.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+            self._endings.put(None)
+
+        threading.Thread(target=run, name="start", daemon=True).start()
+        ending = self._endings.get()
+        if ending is None:
+            return future.result()
+        try:
+            future.exception(_GRACE_SECONDS)
+        except NotDoneError:
+            _leave(int(ending))
+        raise Interrupted(int(ending))
+
+    def _listen(self) -> None:
+        number = signal.sigwait(SIGNALS)
+        log.info("%s: draining", signal.Signals(number).name)
+        self._endings.put(int(number))
+        number = signal.sigwait(SIGNALS)
+        log.error("%s again: leaving without draining", signal.Signals(number).name)
+        _leave(number)
+
+
+def _leave(number: int) -> NoReturn:
+    """End without waiting for threads that may never return from librados."""
+    os._exit(128 + number)

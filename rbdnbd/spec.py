@@ -1,0 +1,64 @@
+"""How an image is named and its cluster reached: the words of the command line, and no more."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Final
+
+from rbdnbd.errors import UsageError
+
+_SPEC: Final = re.compile(r"(?:([^/@]+)/(?:([^/@]+)/)?)?([^/@]+)(?:@([^/@]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """An image's name, `[pool/[namespace/]]image[@snap]`; "" stands for what is left out."""
+
+    pool: str
+    namespace: str
+    image: str
+    snap: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> ImageSpec:
+        """Read a spec; `UsageError` if it is none. `a/b` is image b of pool a."""
+        match = _SPEC.fullmatch(text)
+        if not match:
+            raise UsageError(f"invalid spec {text!r}: expected [pool/[namespace/]]image[@snap]")
+        pool, namespace, image, snap = (part or "" for part in match.groups())
+        return cls(pool, namespace, image, snap)
+
+    def in_pool(self, pool: str) -> ImageSpec:
+        """Return the spec with `pool` in place of a pool left out."""
+        return self if self.pool else replace(self, pool=pool)
+
+    def __str__(self) -> str:
+        parts = [self.pool, self.namespace, self.image]
+        return "/".join(part for part in parts if part) + (f"@{self.snap}" if self.snap else "")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """Which cluster, and as whom: Ceph's own options, "" for what is left to its configuration.
+
+    `conf` is the path of ceph.conf (else CEPH_CONF, else Ceph's search path), `name` the whole
+    entity, as in client.admin.
+    """
+
+    conf: str = ""
+    cluster: str = ""
+    name: str = "client.admin"
+    keyring: str = ""
+    keyfile: str = ""
+    mon_host: str = ""
+    log_file: str = ""
+
+    def overrides(self) -> dict[str, str]:
+        """Return the configuration that the command line sets, stronger than file and CEPH_ARGS.
+
+        librados itself stays off stderr: what a person needs to know is said in a sentence.
+        """
+        given = {key: getattr(self, key) for key in ("keyring", "keyfile", "mon_host", "log_file")}
+        quiet = {"err_to_stderr": "false", "log_to_stderr": "false"}
+        return quiet | {key: value for key, value in given.items() if value}

@@ -1,0 +1,65 @@
+#!/bin/sh
+# Install what `make demo` or `make test` needs on a Debian machine: packages, and a virtual
+# environment in .venv that sees the distribution's rados and rbd. Does nothing that is done.
+#
+#   setup.sh demo|test
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { echo "setup: $*"; }
+die() { echo "setup: $*" >&2 && exit 1; }
+
+demo_packages="python3 python3-venv python3-rados python3-rbd
+    ceph-common ceph-mon ceph-osd iproute2 e2fsprogs
+    qemu-system-x86 busybox-static cpio kmod"
+test_packages="$demo_packages
+    fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client
+    xfsprogs fdisk debootstrap"
+
+installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+install_packages() {
+    missing=""
+    for package; do installed "$package" || missing="$missing $package"; done
+    [ -n "$missing" ] || return 0
+    [ "$(id -u)" = 0 ] || die "root is needed to install:$missing"
+    say "installing$missing (a minute or less)"
+    log=$(mktemp)
+    export DEBIAN_FRONTEND=noninteractive
+    # shellcheck disable=SC2086
+    if ! { apt-get update && apt-get install -y --no-install-recommends $missing; } >"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        die "the packages could not be installed"
+    fi
+    rm -f "$log"
+}
+
+# The distribution's Python, because python3-rados and python3-rbd fit no other.
+make_venv() { # GROUP...
+    stamp=".venv/made-for $*"
+    [ "$stamp" -nt pyproject.toml ] && return 0
+    say "making the virtual environment .venv"
+    /usr/bin/python3 -m venv --clear --system-site-packages .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+    groups=""
+    for group; do groups="$groups --group $group"; done
+    # shellcheck disable=SC2086
+    .venv/bin/pip install --quiet --editable . $groups
+    touch "$stamp"
+}
+
+command -v dpkg-query >/dev/null || die "this set-up knows Debian only; see docs/testing.md"
+case "${1-}" in
+demo)
+    # shellcheck disable=SC2086
+    install_packages $demo_packages
+    make_venv test lint
+    ;;
+test)
+    docker info >/dev/null 2>&1 || test_packages="$test_packages docker.io iptables"
+    # shellcheck disable=SC2086
+    install_packages $test_packages
+    make_venv test lint
+    ;;
+*) die "usage: setup.sh demo|test" ;;
+esac
