@@ -105,9 +105,8 @@ def pieces(offset: int, length: int, at_once: int = _AT_ONCE) -> Iterator[tuple[
 
 def _as_oserror(error: rbd.Error) -> OSError:
     number = getattr(error, "errno", None) or errno.EIO
-    if number == errno.ESHUTDOWN:  # Ceph's EBLOCKLISTED, which is no orderly shutdown of a server
-        return OSError(errno.EIO, f"this client is blocklisted ({error})")
-    return OSError(number, str(error))
+    blocklisted = number == errno.ESHUTDOWN  # librados.hpp calls it EBLOCKLISTED
+    return OSError(number, f"this client is blocklisted: {error}" if blocklisted else str(error))
 
 
 @contextmanager

@@ -84,7 +84,6 @@ class NbdDriver:
             load_driver(self.devices)
             try:
                 attachment = self._connect(connect, use_ioctl=use_ioctl)
-                sock.close()
                 self._bring_to_life(attachment, connect.size)
             except OSError as error:
                 raise _refusal(f"attach {device or 'an nbd device'}", error) from error

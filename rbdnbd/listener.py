@@ -73,12 +73,14 @@ class Listener:
         _hang_up(self._sock)
         for client in clients.values():
             client.stop() if isinstance(client, Connection) else _hang_up(client)
-        for thread, client in clients.items():
+        for thread in clients:
             thread.join(max(0.0, deadline - time.monotonic()))
+        for thread, client in clients.items():
             if thread.is_alive() and isinstance(client, Connection):
                 log.warning("a client does not take its replies: hanging up")
                 client.abort()
-                thread.join()
+        for thread in clients:
+            thread.join()
         self._acceptor.join()
         self._sock.close()
 
@@ -97,8 +99,6 @@ class Listener:
                 self._places.release()
                 if self._stopping:
                     return
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
-                    raise
                 log.warning("a client could not be accepted: %s", error.strerror)
                 threading.Event().wait(0.1)  # no file is free: let connections end before asking
                 continue
@@ -108,7 +108,13 @@ class Listener:
                     sock.close()
                     return
                 self._clients[thread] = sock
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads to be had
+                    log.warning("a client could not be served: %s", error)
+                    del self._clients[thread]
+                    sock.close()
+                    self._places.release()
 
     def _client(self, sock: socket.socket) -> None:
         """Shake hands with one client and serve it to its end."""
@@ -126,10 +132,10 @@ class Listener:
                 if self._stopping:
                     return
             if reason := connection.serve():
-                log.warning("a client's connection ended: %s", reason)
+                log.info("a client's connection ended: %s", reason)
             self._settle()
         except (OSError, EOFError, ProtocolError) as error:
-            log.warning("a client failed to negotiate: %s", error)
+            log.info("a client did not get through the handshake: %s", error)
         finally:
             sock.close()
             with self._lock:
@@ -157,7 +163,7 @@ def converse(sock: socket.socket, conversation: Conversation, seconds: float) ->
     try:
         step = next(conversation)
         while True:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            sock.settimeout(_left(deadline))
             if isinstance(step, bytes):
                 sock.sendall(step)
                 answer = b""
@@ -169,10 +175,17 @@ def converse(sock: socket.socket, conversation: Conversation, seconds: float) ->
         return bool(end.value)
 
 
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the time for it is over")
+    return left
+
+
 def _receive(sock: socket.socket, length: int, deadline: float) -> bytes:
     received = b""
     while len(received) < length:
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        sock.settimeout(_left(deadline))
         data = sock.recv(length - len(received))
         if not data:
             raise EOFError("the client hung up")
@@ -222,6 +235,8 @@ def parse_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not colon or address.endswith("]"):
         host, port = address, str(DEFAULT_PORT)
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise UsageError(f"invalid address {address!r}: an IPv6 address is written [::1]:PORT")
     host = host.removeprefix("[").removesuffix("]")
     if not port.isdecimal() or int(port) > 0xFFFF:
         raise UsageError(f"invalid address {address!r}: expected HOST:PORT")
@@ -240,9 +255,10 @@ def listen_tcp(host: str, port: int) -> Iterator[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
             sock.listen()
-        except OSError as error:
-            message = f"cannot listen on {host}:{port}: {error.strerror}"
-            raise RbdnbdError(message, error.errno or 0) from error
+        except (OSError, UnicodeError) as error:  # the latter is what IDNA says of a bad name
+            reason = error.strerror if isinstance(error, OSError) else error
+            number = error.errno or 0 if isinstance(error, OSError) else errno.EINVAL
+            raise RbdnbdError(f"cannot listen on {host}:{port}: {reason}", number) from error
         if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
             log.warning("whoever reaches %s port %d can read and write the image", host, port)
         yield sock

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -154,10 +153,13 @@ def _serving(connection: Connection, life: Life) -> Iterator[threading.Event]:
     orderly = threading.Event()
 
     def serve() -> None:
-        reason = connection.serve()
-        if not reason:
-            orderly.set()
-        life.ended(reason)
+        reason = "the server has failed"
+        try:
+            reason = connection.serve()
+            if not reason:
+                orderly.set()
+        finally:
+            life.ended(reason)
 
     thread = threading.Thread(target=serve, name="nbd-0", daemon=True)
     thread.start()
@@ -181,10 +183,9 @@ def _detach(attachment: Attachment, orderly: threading.Event) -> None:
 def _await_end(life: Life, what: str) -> None:
     """Return when a signal comes or the client says goodbye; raise when it just hangs up."""
     ending = life.wait()
-    if isinstance(ending, int):
-        log.info("%s: stopping %s", signal.Signals(ending).name, what)
-    elif ending:
+    if isinstance(ending, str) and ending:
         raise RbdnbdError(f"the kernel has dropped {what}: {ending}")
+    log.info("stopping %s", what)
     daemon.notify(STOPPING=1, STATUS="draining")
 
 

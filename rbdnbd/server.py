@@ -13,6 +13,7 @@ nearest to its errno and is logged with offset and length; nothing is masked as 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
@@ -120,12 +121,16 @@ class Connection:
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
-            request, payload = taken
-            error = validate(request, self._export)
-            data = b""
-            if not error:
-                error, data = self._perform(request, payload)
-            self._reply(request, error, data)
+            self._answer(*taken)
+            del taken  # an idle worker holds on to no payload
+
+    def _answer(self, request: Request, payload: bytes) -> None:
+        """Validate, then perform, then reply."""
+        error = validate(request, self._export)
+        data = b""
+        if not error:
+            error, data = self._perform(request, payload)
+        self._reply(request, error, data)
 
     def _take(self) -> tuple[Request, bytes] | None:
         """Wait for the reading turn and read one request; None when there will be no more."""
@@ -249,8 +254,5 @@ def _send(sock: socket.socket, header: bytes, data: bytes) -> None:
 
 
 def _shutdown(sock: socket.socket, how: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # it is shut already, or closed
         sock.shutdown(how)
-    except OSError as error:
-        if error.errno not in (errno.ENOTCONN, errno.EBADF):
-            raise

@@ -48,9 +48,6 @@ NBD_EIO: Final = 5
 NBD_ENOMEM: Final = 12
 NBD_EINVAL: Final = 22
 NBD_ENOSPC: Final = 28
-NBD_EOVERFLOW: Final = 75
-NBD_ENOTSUP: Final = 95
-NBD_ESHUTDOWN: Final = 108
 
 MAX_PAYLOAD: Final = 32 << 20
 """Bytes that one READ or WRITE may carry, as the specification wants ("Block size constraints")."""
@@ -76,9 +73,6 @@ _ERRORS: Final = {
     errno.ENOSPC: NBD_ENOSPC,
     errno.EDQUOT: NBD_ENOSPC,
     errno.EFBIG: NBD_ENOSPC,
-    errno.EOVERFLOW: NBD_EOVERFLOW,
-    errno.EOPNOTSUPP: NBD_ENOTSUP,
-    errno.ESHUTDOWN: NBD_ESHUTDOWN,
 }
 
 
@@ -182,5 +176,9 @@ def _legal_flags(command: int, export_flags: int) -> int:
 
 
 def nbd_error(number: int) -> int:
-    """Translate an errno into one of the protocol's error numbers; what it does not know is EIO."""
+    """Translate an errno into an error number for the wire; any that is not listed is EIO.
+
+    EOVERFLOW, ENOTSUP and ESHUTDOWN exist on the wire, but mean what an image's never do: a reply
+    that DF forbids to cut, FAST_ZERO that is not fast, a server that shuts down in good order.
+    """
     return _ERRORS.get(number, NBD_EIO)

@@ -1,1 +1,1 @@
-"""A throw-away Ceph cluster and a throw-away kernel on any Debian machine, for the demo, the tests and the benchmark."""
+"""A throw-away Ceph cluster and kernel on any Debian machine, for demo, tests and benchmark."""

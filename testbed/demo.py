@@ -14,9 +14,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from testbed.cluster import ClusterError, LocalCluster
-from testbed.kernel import KernelError
+from testbed.cluster import LocalCluster
 from testbed.places import host_has_nbd
+from testbed.processes import Unavailable
 from testbed.vm import VM, VMLost
 
 STEPS = Path(__file__).with_name("demo.sh")
@@ -34,7 +34,7 @@ def main() -> int:
                 "PATH": f"{tools}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             }
             status = run_here(environment) if host_has_nbd() else run_in_vm(environment)
-    except (ClusterError, KernelError, VMLost) as error:
+    except (Unavailable, VMLost) as error:
         say(f"failed: {error}")
         return 1
     if status:

@@ -36,7 +36,7 @@ class FakeDriver:
         for index in range(count):
             self.devices.queue(index).mkdir(parents=True)
             self.devices.path(index).touch()
-            self._block(f"nbd{index}", "size").write_text("0\n")
+            self._show(index, "size", 0)
 
     @property
     def ioctls(self) -> NbdIoctls:
@@ -58,13 +58,13 @@ class FakeDriver:
 
     def connect(self, index: int, size: int, pid: int = 4711) -> None:
         """Show a device as attached."""
-        self._block(f"nbd{index}", "size").write_text(f"{size // 512}\n")
-        self._block(f"nbd{index}", "pid").write_text(f"{pid}\n")
+        self._show(index, "size", size // 512)
+        self._show(index, "pid", pid)
 
     def disconnect(self, index: int) -> None:
         """Show a device as free."""
-        self._block(f"nbd{index}", "pid").unlink(missing_ok=True)
-        self._block(f"nbd{index}", "size").write_text("0\n")
+        (self.devices.queue(index).parent / "pid").unlink(missing_ok=True)
+        self._show(index, "size", 0)
 
     def ioctl(self, fd: int, request: int, argument: int) -> None:
         device = Path(os.readlink(f"/proc/self/fd/{fd}")).name
@@ -95,5 +95,9 @@ class FakeDriver:
             self.connect(int(device.removeprefix("nbd")), block_size * blocks)
         assert ended.wait(10)
 
-    def _block(self, device: str, attribute: str) -> Path:
-        return self.devices.sys / "block" / device / attribute
+    def _show(self, index: int, attribute: str, value: int) -> None:
+        """Write a file that is never seen half written, as is true of sysfs."""
+        path = self.devices.queue(index).parent / attribute
+        written = path.with_suffix(f".{threading.get_ident()}")
+        written.write_text(f"{value}\n")
+        written.replace(path)

@@ -1,0 +1,366 @@
+"""Starting in the background, with real children.
+
+The child is a package `rbdnbd` that PYTHONPATH puts before ours: it runs the script that it is
+given, in which `daemon` is the real one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rbdnbd
+from rbdnbd import daemon
+from rbdnbd.errors import RbdnbdError
+from tests.support.waiting import wait_until
+
+MAIN = """
+import os, signal, sys, threading, time
+from rbdnbd import daemon
+from rbdnbd.errors import RbdnbdError
+
+exec(sys.argv[1])
+"""
+
+pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def scripts_for_children(tmp_path, monkeypatch):
+    package = tmp_path / "path" / "rbdnbd"
+    package.mkdir(parents=True)
+    real = str(Path(rbdnbd.__file__).parent)
+    (package / "__init__.py").write_text(f"__path__.append({real!r})\n")
+    (package / "__main__.py").write_text(MAIN)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+
+
+@pytest.fixture
+def temporary(tmp_path_factory, monkeypatch) -> Path:
+    """A temporary directory of its own, to see what is left there."""
+    directory = tmp_path_factory.mktemp("tmp")
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    return directory
+
+
+def start(script: str, seconds: float = 20.0) -> tuple[dict[str, str], list[str]]:
+    said: list[str] = []
+    return daemon.start([script], said.append, seconds), said
+
+
+def refusal(script: str, seconds: float = 20.0) -> RbdnbdError:
+    with pytest.raises(RbdnbdError) as refused:
+        start(script, seconds)
+    return refused.value
+
+
+def gone(pid: int) -> bool:
+    """Whether a child of ours has ended, which reaps it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) != (0, 0)
+    except ChildProcessError:
+        return True
+
+
+@pytest.fixture
+def pid_file(tmp_path) -> Iterator[Path]:
+    """Where a child writes its id; it is ended after the test."""
+    path = tmp_path / "pid"
+    yield path
+    if path.exists():
+        pid = int(path.read_text())
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: gone(pid), 10, f"the end of {pid}")
+
+
+def writes(path: Path) -> str:
+    """The line of a script that tells the test its process id."""
+    return f"open({str(path)!r}, 'w').write(str(os.getpid()))\n"
+
+
+def written(path: Path) -> int:
+    wait_until(lambda: path.exists() and path.read_text(), 20, f"a process id in {path}")
+    return int(path.read_text())
+
+
+LIVES = "daemon.ready(X_RBDNBD_DEVICE='/dev/nbd7', STATUS='vol is /dev/nbd7')\ntime.sleep(60)\n"
+
+
+def test_the_fields_of_a_child_that_is_ready_are_returned(pid_file):
+    fields, said = start(writes(pid_file) + LIVES)
+    assert fields == {"READY": "1", "X_RBDNBD_DEVICE": "/dev/nbd7", "STATUS": "vol is /dev/nbd7"}
+    assert said == []
+
+
+def test_a_child_that_is_ready_lives_on_in_a_session_and_a_directory_of_its_own(pid_file):
+    start(writes(pid_file) + LIVES)
+    pid = written(pid_file)
+    assert os.getsid(pid) == pid
+    wait_until(lambda: os.readlink(f"/proc/{pid}/cwd") == "/", 10, "cwd is /")
+
+
+def test_a_child_that_is_ready_holds_on_to_nothing_of_its_parent(pid_file):
+    start(writes(pid_file) + LIVES)
+    pid = written(pid_file)
+
+    def descriptors() -> dict[str, str]:
+        directory = Path(f"/proc/{pid}/fd")
+        return {entry.name: os.readlink(entry) for entry in directory.iterdir()}
+
+    null = "/dev/null"
+    wait_until(lambda: descriptors() == {"0": null, "1": null, "2": null}, 10, "only /dev/null")
+
+
+def test_a_caller_that_reads_stderr_to_its_end_gets_there_while_the_child_lives(pid_file):
+    script = f"daemon.start([{writes(pid_file) + LIVES!r}], print)"
+    parent = subprocess.run(
+        [sys.executable, "-P", "-c", f"from rbdnbd import daemon\n{script}"],
+        stderr=subprocess.PIPE,
+        timeout=30,
+        check=True,
+    )
+    assert parent.stderr == b""
+    os.kill(written(pid_file), signal.SIGKILL)
+    pid_file.unlink()
+
+
+def test_what_a_child_says_before_it_is_ready_goes_to_stderr(capfd, pid_file):
+    start(writes(pid_file) + "os.write(2, b'a warning')\n" + LIVES)
+    assert capfd.readouterr().err == "a warning"
+
+
+def test_a_child_that_fails_is_quoted_with_its_errno():
+    refused = refusal("daemon.failed('pool x does not exist', 2); sys.exit(1)")
+    assert (refused.message, refused.errno) == ("pool x does not exist", errno.ENOENT)
+
+
+def test_a_reason_of_two_lines_is_told_in_one():
+    assert refusal("daemon.failed('one\\ntwo', 0); sys.exit(1)").message == "one two"
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("sys.exit(3)", "the process exited with status 3 while starting"),
+        ("sys.exit(0)", "the process exited with status 0 while starting"),
+        (
+            "daemon.notify(STATUS='opening vol'); os.kill(os.getpid(), signal.SIGKILL)",
+            "the process was ended by SIGKILL while opening vol",
+        ),
+    ],
+)
+def test_a_child_that_ends_without_a_word_is_told_by_how_it_ended(script, message):
+    assert refusal(script).message == message
+
+
+def test_the_words_that_are_passed_on_are_a_command_line_of_rbdnbd(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(rbdnbd.__file__).parents[1]))
+    with pytest.raises(RbdnbdError) as refused:
+        daemon.start(["list-mapped", "--format", "xml"], print, 20)
+    assert "'xml' is not one of" in refused.value.message
+
+
+def test_a_child_that_is_not_ready_in_time_is_ended_even_if_it_does_not_want_to(
+    monkeypatch, pid_file
+):
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(  # a stubborn child gets seconds to end, which no test should take
+        subprocess.Popen, "wait", lambda self, timeout=None: wait(self, timeout and 0.2)
+    )
+    script = (
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{writes(pid_file)}"
+        "daemon.notify(STATUS='opening vol')\ntime.sleep(60)"
+    )
+    assert refusal(script, seconds=3).message == "gave up after 3 s of opening vol"
+    assert gone(written(pid_file))
+
+
+def test_what_takes_long_is_said_again_and_again(monkeypatch, pid_file):
+    monkeypatch.setattr(daemon, "_SAY_EVERY", 0.05)
+    script = f"{writes(pid_file)}daemon.notify(STATUS='opening vol')\ntime.sleep(0.5)\n{LIVES}"
+    _, said = start(script)
+    opening = [line for line in said if re.fullmatch(r"still opening vol \(\d+ s\)", line)]
+    assert len(opening) > 1
+    assert all(line.startswith(("still starting (", "still opening vol (")) for line in said)
+
+
+def test_progress_is_not_readiness(pid_file):
+    fields, _ = start(f"{writes(pid_file)}daemon.notify(STATUS='a'); daemon.notify(B='c')\n{LIVES}")
+    assert fields["X_RBDNBD_DEVICE"] == "/dev/nbd7"
+
+
+def test_an_interrupted_parent_lets_its_child_end_in_its_own_way(tmp_path, pid_file):
+    undone = tmp_path / "undone"
+    script = (
+        f"signal.signal(signal.SIGTERM, lambda *_: open({str(undone)!r}, 'w') and sys.exit())\n"
+        f"{writes(pid_file)}time.sleep(60)"
+    )
+
+    def interrupt() -> None:
+        written(pid_file)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        start(script)
+    assert gone(written(pid_file))
+    assert undone.exists()
+
+
+def test_nothing_is_left_in_the_temporary_directory(temporary, pid_file):
+    start(writes(pid_file) + LIVES)
+    refusal("sys.exit(1)")
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_child_whose_parent_is_gone_learns_that_nobody_waits(tmp_path, temporary):
+    report = tmp_path / "report"
+    child = f"""
+while os.getppid() == {{parent}}:
+    time.sleep(0.02)
+try:
+    daemon.ready(X_RBDNBD_DEVICE='/dev/nbd7')
+except RbdnbdError as error:
+    open({str(report)!r}, 'w').write(error.message + '.')
+"""
+    parent = f"""
+import os, threading
+from rbdnbd import daemon
+def die():
+    os._exit(9)
+threading.Timer(0.2, die).start()
+daemon.start([{child!r}.format(parent=os.getpid())], print)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", parent],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 9
+    wait_until(lambda: report.exists() and report.read_text().endswith("."), 20, "a report")
+    assert report.read_text() == (
+        "nobody waits for this process to be ready any more: Connection refused."
+    )
+
+
+def test_a_child_knows_that_it_is_in_the_background(pid_file):
+    assert not daemon.in_background()
+    script = f"{writes(pid_file)}daemon.ready(IS=daemon.in_background())\ntime.sleep(60)"
+    assert start(script)[0]["IS"] == "True"
+
+
+@pytest.fixture
+def listening(tmp_path_factory) -> Iterator[tuple[socket.socket, str]]:
+    """A datagram socket as systemd has one, and its path."""
+    path = str(tmp_path_factory.mktemp("n") / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path)
+        sock.settimeout(10)
+        yield sock, path
+
+
+def test_a_notification_goes_to_the_path_that_the_environment_names(monkeypatch, listening):
+    sock, path = listening
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    daemon.notify(READY=1, STATUS="vol is /dev/nbd0")
+    assert sock.recv(4096) == b"READY=1\nSTATUS=vol is /dev/nbd0"
+
+
+def test_a_notification_goes_to_an_abstract_address(monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind("")  # the kernel makes up an abstract address
+        sock.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + sock.getsockname()[1:].decode())
+        daemon.notify(STOPPING=1)
+        assert sock.recv(4096) == b"STOPPING=1"
+
+
+def test_nobody_is_notified_when_nobody_asked():
+    daemon.notify(READY=1)
+    daemon.ready()
+    assert not daemon.failed("no", 1)
+
+
+def test_a_failure_is_notified_on_one_line_and_a_person_in_the_foreground_told_as_well(
+    monkeypatch, listening
+):
+    sock, path = listening
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    assert not daemon.failed("one\ntwo", errno.ENOENT)
+    assert sock.recv(4096) == b"ERRNO=2\nSTATUS=one two"
+
+
+def test_a_failure_that_a_parent_waits_for_is_told_by_that_one(monkeypatch, listening):
+    monkeypatch.setenv("NOTIFY_SOCKET", listening[1])
+    monkeypatch.setenv("RBDNBD_BACKGROUND", "1")
+    assert daemon.failed("no", 1)
+
+
+def test_a_failure_that_no_parent_waits_for_any_more_is_told_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    monkeypatch.setenv("RBDNBD_BACKGROUND", "1")
+    assert not daemon.failed("no", 1)
+
+
+def test_readiness_that_nobody_waits_for_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    with pytest.raises(RbdnbdError) as refused:
+        daemon.ready()
+    assert refused.value.message == (
+        "nobody waits for this process to be ready any more: No such file or directory"
+    )
+
+
+def test_a_process_that_is_gone_needs_no_waiting():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert daemon.await_exit(process.pid, 0)
+
+
+def test_a_process_that_stays_is_waited_for_as_long_as_was_said():
+    begin = time.monotonic()
+    assert not daemon.await_exit(os.getpid(), 0.1)
+    assert time.monotonic() - begin >= 0.1
+
+
+def test_the_waiting_ends_with_the_process():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert process.stdin
+        threading.Timer(0.1, process.stdin.close).start()
+        assert daemon.await_exit(process.pid, 20)
+
+
+def test_waiting_leaves_no_descriptor():
+    before = os.listdir("/proc/self/fd")
+    daemon.await_exit(os.getpid(), 0)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.xfail(strict=True, raises=OSError, reason="notify raises for mere progress")
+def test_progress_that_nobody_listens_to_any_more_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    daemon.notify(STOPPING=1, STATUS="draining")
+
+
+@pytest.mark.xfail(strict=True, reason="values are not kept on their line")
+def test_a_name_with_a_line_break_does_not_forge_a_field(pid_file):
+    script = (
+        "daemon.notify(STATUS='opening rbd/a\\nREADY=1\\nX_RBDNBD_DEVICE=/dev/nbd0')\n"
+        f"{writes(pid_file)}{LIVES}"
+    )
+    assert start(script)[0]["X_RBDNBD_DEVICE"] == "/dev/nbd7"

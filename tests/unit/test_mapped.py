@@ -1,0 +1,234 @@
+"""Which mapping is meant, and the end of it: real control sockets, a make-believe driver."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from rbdnbd import mapped as room
+from rbdnbd.control import Control, Document
+from rbdnbd.errors import RbdnbdError, UsageError
+from rbdnbd.kernel import NbdDriver
+from rbdnbd.mapped import mapped, spec_of, unmap
+from rbdnbd.netlink import FamilyNotFoundError
+from rbdnbd.spec import ClusterOptions, ImageSpec
+from tests.support.nbd_driver import FakeDriver
+
+GONE = 1 << 22
+"""No process has this id: the kernel counts below PID_MAX_LIMIT."""
+
+
+def no_family() -> None:
+    raise FamilyNotFoundError(errno.ENOENT, "no generic-netlink family nbd")
+
+
+class Host:
+    """A run directory and a driver, with mappings that answer as long as the test lasts."""
+
+    def __init__(self, fake: FakeDriver, run_dir, stack: ExitStack) -> None:
+        self.fake, self.run_dir, self._stack = fake, run_dir, stack
+        self.driver = NbdDriver(fake.devices, fake.ioctls, no_family)
+        self.said: list[str] = []
+
+    def device(self, index: int) -> str:
+        return str(self.fake.devices.path(index))
+
+    def answers(self, index: int, spec: str, pid: int = GONE) -> None:
+        """Have somebody say that the image is on the device."""
+        image = ImageSpec.parse(spec)
+        document: Document = {
+            "id": pid,
+            "pool": image.pool,
+            "namespace": image.namespace,
+            "image": image.image,
+            "snap": image.snap,
+            "device": self.device(index),
+            "cookie": f"cookie of {spec}",
+        }
+        self._stack.enter_context(Control(lambda: document, self.run_dir))
+
+    def maps(self, index: int, spec: str, pid: int = GONE) -> None:
+        """Have the kernel and a process agree that the image is on the device."""
+        self.fake.connect(index, 1 << 20)
+        self.answers(index, spec, pid)
+
+    def listed(self) -> list[str]:
+        return [
+            f"{document['device']} {spec_of(document)}"
+            for document in mapped(self.fake.devices, self.run_dir)
+        ]
+
+    def unmap(self, target: str, *, force: bool = False) -> None:
+        unmap(
+            target,
+            ClusterOptions(),
+            force=force,
+            say=self.said.append,
+            driver=self.driver,
+            run_dir=self.run_dir,
+        )
+
+    def refusal(self, target: str, *, force: bool = False) -> str:
+        with pytest.raises(RbdnbdError) as refused:
+            self.unmap(target, force=force)
+        return refused.value.message
+
+    def connected(self, index: int) -> bool:
+        return self.fake.devices.connected(index) is not None
+
+
+@pytest.fixture
+def host(tmp_path, tmp_path_factory) -> Iterator[Host]:
+    with ExitStack() as stack:
+        yield Host(FakeDriver(tmp_path, count=12), tmp_path_factory.mktemp("run"), stack)
+
+
+def test_a_device_that_process_and_kernel_agree_on_is_mapped(host):
+    host.maps(0, "rbd/ns/vol@s")
+    assert host.listed() == [f"{host.device(0)} rbd/ns/vol@s"]
+
+
+def test_a_device_that_the_kernel_has_let_go_is_not_mapped_whatever_its_process_says(host):
+    host.answers(0, "rbd/vol")
+    assert host.listed() == []
+
+
+def test_a_device_that_nobody_answers_for_is_not_ours(host):
+    host.fake.connect(0, 1 << 20)
+    assert host.listed() == []
+
+
+def test_the_mappings_are_in_the_order_of_their_devices(host):
+    for index, spec in ((10, "rbd/a"), (2, "rbd/b")):
+        host.maps(index, spec)
+    assert host.listed() == [f"{host.device(2)} rbd/b", f"{host.device(10)} rbd/a"]
+
+
+def test_a_device_is_unmapped_by_its_path(host):
+    host.maps(0, "rbd/vol")
+    host.maps(1, "rbd/other")
+    host.unmap(host.device(0))
+    assert (host.connected(0), host.connected(1)) == (False, True)
+
+
+@pytest.mark.parametrize("spec", ["rbd/vol", "rbd/ns/vol", "rbd/vol@s", "my pool/my vol"])
+def test_a_device_is_unmapped_by_the_name_of_its_image(host, spec):
+    host.maps(0, "rbd/another")
+    host.maps(1, spec)
+    host.unmap(spec)
+    assert (host.connected(0), host.connected(1)) == (True, False)
+
+
+def test_an_image_without_a_pool_is_the_one_in_the_default_pool(host, monkeypatch):
+    monkeypatch.setattr(room, "default_pool", lambda options: "blue")
+    host.maps(0, "rbd/vol")
+    host.maps(1, "blue/vol")
+    host.unmap("vol")
+    assert (host.connected(0), host.connected(1)) == (True, False)
+
+
+def test_an_image_with_a_pool_needs_no_ceph_to_be_unmapped(host, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rados", None)
+    host.maps(0, "rbd/vol")
+    host.unmap("rbd/vol")
+    assert not host.connected(0)
+
+
+def test_a_device_that_is_not_mapped_is_refused(host):
+    assert host.refusal(host.device(0)) == f"{host.device(0)} is not mapped"
+
+
+def test_a_device_that_is_not_mapped_is_refused_by_force_as_well(host):
+    assert host.refusal(host.device(0), force=True) == f"{host.device(0)} is not mapped"
+
+
+@pytest.mark.parametrize("other", ["rbd/vol", "rbd/ns/vol@s", "rbd/ns/volume", "blue/ns/vol"])
+def test_another_image_is_not_taken_for_the_one_that_is_named(host, other):
+    host.maps(0, other)
+    assert host.refusal("rbd/ns/vol") == "rbd/ns/vol is not mapped"
+    assert host.connected(0)
+
+
+def test_an_image_on_two_devices_is_refused_with_both(host):
+    host.maps(0, "rbd/vol")
+    host.maps(1, "rbd/vol")
+    assert host.refusal("rbd/vol") == (
+        f"rbd/vol is mapped to {host.device(0)} and {host.device(1)}: name the device"
+    )
+    assert host.connected(0)
+    assert host.connected(1)
+
+
+def test_either_device_of_an_image_on_two_is_unmapped_by_its_path(host):
+    host.maps(0, "rbd/vol")
+    host.maps(1, "rbd/vol")
+    host.unmap(host.device(1))
+    assert (host.connected(0), host.connected(1)) == (True, False)
+
+
+def test_a_strangers_device_is_refused(host):
+    host.fake.connect(0, 1 << 20, pid=4711)
+    assert host.refusal(host.device(0)) == (
+        f"{host.device(0)} is connected, but by no rbdnbd process that is alive (process 4711 "
+        "attached it): --force disconnects it all the same"
+    )
+    assert host.connected(0)
+
+
+def test_a_strangers_device_is_disconnected_by_force(host):
+    host.fake.connect(0, 1 << 20, pid=4711)
+    host.unmap(host.device(0), force=True)
+    assert not host.connected(0)
+
+
+@pytest.mark.parametrize("target", ["nbd", "nbd0p1", "sda", "rbd/rbd/vol"])
+def test_a_path_that_is_no_nbd_device_is_a_mistake_of_the_command_line(host, target):
+    with pytest.raises(UsageError, match="invalid device path"):
+        host.unmap(f"{host.fake.devices.dev}/{target}")
+
+
+def test_a_malformed_image_is_a_mistake_of_the_command_line(host):
+    with pytest.raises(UsageError, match="invalid spec 'rbd//vol'"):
+        host.unmap("rbd//vol")
+
+
+def test_unmap_returns_when_the_process_has_closed_the_image(host):
+    pid_file = host.fake.devices.sys / "block/nbd0/pid"
+    script = "import os, sys, time\nwhile os.path.exists(sys.argv[1]): time.sleep(0.02)"
+    with subprocess.Popen([sys.executable, "-c", script, str(pid_file)]) as process:
+        host.maps(0, "rbd/vol", pid=process.pid)
+        try:
+            host.unmap("rbd/vol")
+            assert process.poll() == 0
+        finally:
+            process.kill()
+    assert host.said == []
+
+
+def test_a_process_that_keeps_the_image_open_is_said_at_first_and_refused_at_last(
+    host, monkeypatch
+):
+    monkeypatch.setattr(room, "EXIT_SECONDS", 0.1)
+    host.maps(0, "rbd/vol", pid=os.getpid())
+    assert host.refusal("rbd/vol") == (
+        f"{host.device(0)} is free, but after 0 s process {os.getpid()} still has rbd/vol open "
+        "(are the OSDs up?)"
+    )
+    assert host.said == [f"waiting for process {os.getpid()} to flush and close rbd/vol"]
+    assert not host.connected(0)
+
+
+@pytest.mark.xfail(strict=True, reason="a process that still closes is taken for the new one")
+def test_a_device_that_has_a_new_owner_is_not_taken_for_its_old_one(host):
+    """Between the disconnect and the closing of its socket the old process answers still."""
+    host.answers(0, "rbd/old")
+    host.maps(0, "rbd/new")
+    backend = host.fake.devices.sys / "block/nbd0/backend"
+    backend.write_text("cookie of rbd/new\n")
+    assert host.listed() == [f"{host.device(0)} rbd/new"]
