@@ -190,7 +190,8 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     try:
         status = cli.main(prog_name="rbdnbd", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except RbdnbdError as error:
         _fail(error.message, error.exit_status, error.errno)
@@ -202,14 +203,18 @@ def main() -> NoReturn:
         _fail(str(error), 128 + error.number)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush finds no pipe either
-        sys.exit(1)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush fails, too
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        _fail(str(error), 1, error.errno or 0)
 
 
 def _fail(message: str, status: int, errno: int = 0) -> NoReturn:
     """Say why in one sentence, to whoever waits for it."""
     if not daemon.failed(message, errno):
+        if daemon.in_background():
+            log.error("%s", message)
         click.echo(f"rbdnbd: {message}", err=True)
     sys.exit(status)
 

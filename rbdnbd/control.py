@@ -9,7 +9,6 @@ the data path, so that it answers while requests hang, which is when one wants t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -70,9 +69,12 @@ class Control:
                 client, _ = self._sock.accept()
             except OSError:  # shut down
                 return
-            with client, contextlib.suppress(OSError):  # whoever asked has not waited
-                client.settimeout(_ANSWER_SECONDS)
-                client.sendall(json.dumps(self._describe()).encode())
+            with client:
+                try:
+                    client.settimeout(_ANSWER_SECONDS)
+                    client.sendall(json.dumps(self._describe()).encode())
+                except Exception as error:  # the next one who asks is to get an answer
+                    log.warning("a question was not answered: %r", error)
 
 
 def mappings(run_dir: Path = RUN_DIR) -> list[Document]:

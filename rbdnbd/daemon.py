@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -33,18 +33,20 @@ _BACKGROUND: Final = "RBDNBD_BACKGROUND"
 
 
 def notify(**fields: str | int) -> None:
-    """Tell whoever started this process, with sd_notify's fields, if anyone asked for that.
+    """Tell whoever started this process, with sd_notify's fields, if anyone still listens."""
+    with contextlib.suppress(OSError):
+        _send(fields)
 
-    Raises `OSError` when nobody listens there any more.
-    """
+
+def _send(fields: Mapping[str, str | int]) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    message = "\n".join(f"{name}={value}" for name, value in fields.items())
+    lines = (f"{name}={str(value).replace(chr(10), ' ')}" for name, value in fields.items())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto(message.encode(), address)
+        sock.sendto("\n".join(lines).encode(), address)
 
 
 def in_background() -> bool:
@@ -58,7 +60,7 @@ def ready(**fields: str | int) -> None:
     Raises `RbdnbdError` when nobody waits any more: what nobody knows of is undone.
     """
     try:
-        notify(READY=1, **fields)
+        _send({"READY": 1, **fields})
     except OSError as error:
         message = f"nobody waits for this process to be ready any more: {error.strerror}"
         raise RbdnbdError(message, error.errno or 0) from error
@@ -70,11 +72,12 @@ def ready(**fields: str | int) -> None:
 
 
 def failed(message: str, errno: int) -> bool:
-    """Report the reason of a failure; return whether a waiting parent will tell it."""
-    with contextlib.suppress(OSError):
-        notify(ERRNO=errno, STATUS=message.replace("\n", " "))
-        return in_background()
-    return False
+    """Report the reason of a failure; return whether a parent waits for it and will tell it."""
+    try:
+        _send({"ERRNO": errno, "STATUS": message})
+    except OSError:
+        return False
+    return in_background()
 
 
 def start(

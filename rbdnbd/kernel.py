@@ -213,7 +213,7 @@ class NbdDriver:
         """Take the sockets away from a device, in whichever way it was attached.
 
         Netlink does that to both kinds and wakes up waiting requests, and so do the ioctls, which
-        are allowed on both kinds. Source: nbd_disconnect_and_put, nbd_ioctl; seen on 6.1.
+        are allowed on both. Source: nbd_disconnect_and_put, nbd_ioctl; seen on 6.1 and 6.12.
         """
         family = self._family()
         if family is not None:

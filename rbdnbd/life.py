@@ -2,7 +2,9 @@
 
 Every signal that asks to end is blocked in all threads, and one thread waits for them: no handler
 runs anywhere, least of all in the thread inside NBD_DO_IT, which a signal would end. The main
-thread waits for whatever comes first. A second signal ends the process without draining.
+thread waits for whatever comes first. A second signal ends the process without draining, unless it
+comes within a second: timeout(1) and a terminal that closes send theirs twice. A signal that was
+ignored from the start, as by nohup(1), stays ignored.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDoneError
@@ -23,6 +26,7 @@ T = TypeVar("T")
 
 SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _GRACE_SECONDS: Final = 5.0
+_ONE_SIGNAL_SECONDS: Final = 1.0
 
 
 class Interrupted(Exception):
@@ -38,7 +42,8 @@ class Life:
 
     def __init__(self) -> None:
         self._endings: queue.SimpleQueue[int | str | None] = queue.SimpleQueue()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._signals = {each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN}
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def ended(self, reason: str) -> None:
@@ -77,10 +82,13 @@ class Life:
         raise Interrupted(int(ending))
 
     def _listen(self) -> None:
-        number = signal.sigwait(SIGNALS)
+        number = signal.sigwait(self._signals)
         log.info("%s: draining", signal.Signals(number).name)
         self._endings.put(int(number))
-        number = signal.sigwait(SIGNALS)
+        patience = time.monotonic() + _ONE_SIGNAL_SECONDS
+        while time.monotonic() < patience:
+            signal.sigtimedwait(self._signals, patience - time.monotonic())
+        number = signal.sigwait(self._signals)
         log.error("%s again: leaving without draining", signal.Signals(number).name)
         _leave(number)
 

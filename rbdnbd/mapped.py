@@ -24,11 +24,14 @@ EXIT_SECONDS: Final = 120.0
 
 def mapped(devices: NbdDevices, run_dir: Path = RUN_DIR) -> list[Document]:
     """Return the document of every live mapping, in the order of the device numbers."""
-    return [
-        document
-        for document in mappings(run_dir)
-        if devices.connected(devices.index(document["device"])) is not None
-    ]
+    return [document for document in mappings(run_dir) if _has_device(document, devices)]
+
+
+def _has_device(document: Document, devices: NbdDevices) -> bool:
+    """Tell whether a mapping still has its device, which may be a successor's by now."""
+    index = devices.index(document["device"])
+    cookie = devices.backend(index)
+    return devices.connected(index) is not None and cookie in (None, document["cookie"])
 
 
 def spec_of(document: Document) -> ImageSpec:

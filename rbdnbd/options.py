@@ -69,14 +69,14 @@ def image_options(command: Command) -> Command:
     ) -> Any:
         if bool(spec) == bool(image):
             raise UsageError("name one image: SPEC, or --image")
-        parsed = ImageSpec.parse(spec) if spec else ImageSpec("", "", image)
+        parsed = ImageSpec.parse(spec or image)
         for word, given, option in (
             ("pool", parsed.pool, pool),
             ("namespace", parsed.namespace, namespace),
             ("snap", parsed.snap, snap),
         ):
             if given and option and given != option:
-                raise UsageError(f"{spec} and --{word} {option} contradict each other")
+                raise UsageError(f"{parsed} and --{word} {option} contradict each other")
         whole = ImageSpec(
             parsed.pool or pool, parsed.namespace or namespace, parsed.image, parsed.snap or snap
         )
@@ -109,7 +109,7 @@ _IMAGE_OPTIONS = (
     click.argument("spec", metavar="[POOL/[NAMESPACE/]]IMAGE[@SNAP]", required=False),
     _option("-p", "--pool", metavar="POOL", help="Pool of the image.  [default: rbd_default_pool]"),
     _option("--namespace", metavar="NAME", help="Namespace of the image."),
-    _option("--image", metavar="NAME", help="Name of the image, instead of a spec."),
+    _option("--image", metavar="NAME", help="The image, instead of the argument."),
     _option("--snap", metavar="NAME", help="Snapshot of the image, which is read-only."),
 )
 

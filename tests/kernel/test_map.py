@@ -255,8 +255,8 @@ def test_read_only_mappings_and_snapshots_refuse_writes(
     else:
         device = map_image("--read-only", spec)
     assert run("blockdev", "--getro", device).strip() == "1"
-    with pytest.raises(PermissionError):
-        os.open(device, os.O_RDWR)
+    with open(device, "r+b", buffering=0) as disk, pytest.raises(PermissionError):
+        disk.write(bytes(4096))
     unmap(spec if option == "snapshot" else device)
 
 

@@ -148,6 +148,7 @@ io_size=64M
 verify=crc32c
 verify_fatal=1
 verify_backlog=256
+verify_state_save=0
 randseed=7
 [one]
 """

@@ -170,7 +170,8 @@ def test_missing_bindings_are_one_sentence_with_packages_and_interpreter(tmp_pat
     assert (done.returncode, done.stdout) == (1, "")
     assert is_one_sentence(done.stderr)
     assert "python3-rados and python3-rbd" in done.stderr
-    assert f"missing for {sys.executable} (rados is not here)" in done.stderr
+    interpreter = os.path.normpath(sys.executable)
+    assert f"missing for {interpreter} (rados is not here)" in done.stderr
     assert not (tmp_path / "never-made").exists()
 
 
@@ -290,13 +291,11 @@ def test_statistics_in_json_are_whole(run, machine):
     assert shown == {key: document[key] for key in keys}
 
 
-@pytest.mark.xfail(strict=True, reason="sys.stdout is None then")
 def test_a_closed_stdout_is_no_traceback():
     done = process("list-mapped", preexec_fn=functools.partial(os.close, 1))
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="only a broken pipe is caught")
 def test_a_full_disk_is_one_sentence():
     with open("/dev/full", "w") as full:
         done = process("--help", stdout=full)
@@ -304,7 +303,6 @@ def test_a_full_disk_is_one_sentence():
     assert is_one_sentence(done.stderr)
 
 
-@pytest.mark.xfail(strict=True, reason="the reason of a late failure goes to /dev/null only")
 def test_why_a_background_process_ended_is_in_its_log(caplog, monkeypatch, tmp_path):
     monkeypatch.setenv("RBDNBD_BACKGROUND", "1")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))

@@ -207,7 +207,6 @@ def test_twenty_mappings_that_come_and_go_are_never_lost_by_those_that_ask(run_d
     assert list(run_dir.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="an exception of `describe` ends the answering thread")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_description_that_fails_once_is_not_the_end_of_answering(run_dir, monkeypatch):
     monkeypatch.setattr(control, "_ANSWER_SECONDS", 0.5)

@@ -261,7 +261,6 @@ def repeat_until_gone(process: subprocess.Popen[str], number: signal.Signals) ->
             assert time.monotonic() < deadline, "still there"
 
 
-@pytest.mark.xfail(strict=True, reason="timeout(1) and a closing terminal signal twice at once")
 def test_a_signal_that_is_sent_twice_at_once_is_one():
     script = """
 life = Life()
@@ -279,7 +278,6 @@ say("closed")
         assert end(process)[:2] == (0, "draining\nclosed\n")
 
 
-@pytest.mark.xfail(strict=True, reason="a blocked signal is queued although it is ignored")
 def test_a_signal_that_nohup_ignores_does_not_end_the_process():
     script = f"signal.signal(signal.SIGHUP, signal.SIG_IGN); {WAITING}"
     with running(script) as process:

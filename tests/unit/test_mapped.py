@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from rbdnbd import kernel
 from rbdnbd import mapped as room
 from rbdnbd.control import Control, Document
 from rbdnbd.errors import RbdnbdError, UsageError
@@ -224,7 +226,41 @@ def test_a_process_that_keeps_the_image_open_is_said_at_first_and_refused_at_las
     assert not host.connected(0)
 
 
-@pytest.mark.xfail(strict=True, reason="a process that still closes is taken for the new one")
+def test_only_the_process_of_the_device_that_is_named_is_waited_for(host, monkeypatch):
+    monkeypatch.setattr(room, "EXIT_SECONDS", 0)
+    host.maps(0, "rbd/vol", pid=os.getpid())
+    host.maps(1, "rbd/other")
+    host.unmap(host.device(1))
+    assert host.said == []
+
+
+@pytest.fixture
+def mounted(host, monkeypatch) -> Host:
+    """The host, with a device that is mounted: every exclusive open fails."""
+
+    def open_device(path: Path, flags: int = 0) -> int:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(kernel, "open_device", open_device)
+    host.maps(0, "rbd/vol")
+    (host.fake.devices.proc / "self/mountinfo").write_text(
+        f"40 21 43:0 / /mnt rw - ext4 {host.device(0)} rw\n"
+    )
+    return host
+
+
+def test_a_device_that_is_mounted_is_not_unmapped(mounted):
+    assert mounted.refusal("rbd/vol") == (
+        f"{mounted.device(0)} is mounted on /mnt: unmount it first, or use --force"
+    )
+    assert mounted.connected(0)
+
+
+def test_a_device_that_is_mounted_is_unmapped_by_force(mounted):
+    mounted.unmap("rbd/vol", force=True)
+    assert not mounted.connected(0)
+
+
 def test_a_device_that_has_a_new_owner_is_not_taken_for_its_old_one(host):
     """Between the disconnect and the closing of its socket the old process answers still."""
     host.answers(0, "rbd/old")

@@ -151,6 +151,7 @@ def test_spec_and_options_add_up_to_one_image(words, meant):
         (["rbd/vol", "--pool", "ssd"], "rbd/vol and --pool ssd contradict each other"),
         (["a/b/c", "--namespace", "x"], "a/b/c and --namespace x contradict each other"),
         (["vol@a", "--snap", "b"], "vol@a and --snap b contradict each other"),
+        (["--image", "rbd/vol", "-p", "ssd"], "rbd/vol and --pool ssd contradict each other"),
     ],
 )
 def test_a_spec_and_an_option_that_contradict_each_other_are_refused(words, message):
@@ -166,6 +167,5 @@ def test_a_malformed_spec_is_refused_whatever_the_options_say():
     assert refusal("rbd//vol", "--pool", "rbd").startswith("invalid spec 'rbd//vol'")
 
 
-@pytest.mark.xfail(strict=True, reason="--image takes only a bare name, rbd's takes a spec")
 def test_image_takes_a_whole_spec_as_rbd_does():
     assert parse("--image", "rbd/vol@s").spec == ImageSpec("rbd", "", "vol", "s")
