@@ -12,11 +12,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from logging.handlers import SysLogHandler, WatchedFileHandler
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -95,7 +97,8 @@ def map_command(
     if os.geteuid():
         raise RbdnbdError("mapping a device needs root")
     if not foreground:
-        signal.signal(signal.SIGTERM, _exit_by_signal)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _exit_by_signal)
         fields = daemon.start(["map", "--foreground", *ctx.meta["words"]], _say)
         click.echo(fields["X_RBDNBD_DEVICE"])
         return
@@ -188,6 +191,7 @@ def serve(
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    logging.basicConfig(level=logging.WARNING, format="rbdnbd: %(message)s")
     try:
         status = cli.main(prog_name="rbdnbd", standalone_mode=False)
         if sys.stdout is not None:
@@ -244,8 +248,17 @@ def _log_to(file: str | None, cluster: ClusterOptions) -> ClusterOptions:
         layout = "rbdnbd[%(process)d]: %(message)s"
     else:
         handler, layout = logging.StreamHandler(), "rbdnbd: %(message)s"
-    logging.basicConfig(level=logging.INFO, handlers=[handler], format=layout)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], format=layout, force=True)
+    sys.excepthook = _log_unhandled
+    threading.excepthook = lambda args: _log_unhandled(*args[:3])
     return cluster
+
+
+def _log_unhandled(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Keep the traceback of a defect of ours, also when stderr leads nowhere."""
+    log.critical("a defect in rbdnbd: %r", error, exc_info=(kind, error or kind(), trace))
 
 
 def _stats_rows(document: Document) -> list[list[str]]:

@@ -15,7 +15,9 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 RUN_DIR: Final = Path("/run/rbdnbd")
 _ANSWER_SECONDS: Final = 2.0
+_RETRY_SECONDS: Final = 0.1
 
 Document = dict[str, Any]
 
@@ -39,36 +42,43 @@ class Control:
         self._describe = describe
         self._path = run_dir / f"{os.getpid()}-{secrets.token_hex(4)}.sock"
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._thread = threading.Thread(target=self._answer, name="control", daemon=True)
+        self._leaving = False
+        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
 
     def __enter__(self) -> Control:
+        # Under this name nobody asks: before listen() it would be taken for a dead one's.
+        bound = self._path.with_suffix("")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            bound = self._path.with_suffix(
-                ""
-            )  # not asked, and not taken for stale, before listen()
             self._sock.bind(str(bound))
             self._sock.listen()
             bound.rename(self._path)
         except OSError as error:
             self._sock.close()
+            with suppress(OSError):
+                bound.unlink()
             message = f"cannot listen in {self._path.parent}: {error.strerror or error}"
             raise RbdnbdError(message, error.errno or 0) from error
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._leaving = True
         self._path.unlink(missing_ok=True)
         self._sock.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._sock.close()
 
-    def _answer(self) -> None:
+    def _serve(self) -> None:
         while True:
             try:
                 client, _ = self._sock.accept()
-            except OSError:  # shut down
-                return
+            except OSError as error:
+                if self._leaving:
+                    return
+                log.warning("a question was not heard: %s", error)
+                threading.Event().wait(_RETRY_SECONDS)  # no file is free, perhaps
+                continue
             with client:
                 try:
                     client.settimeout(_ANSWER_SECONDS)
@@ -89,22 +99,44 @@ def mappings(run_dir: Path = RUN_DIR) -> list[Document]:
     except OSError as error:
         message = f"cannot read {run_dir}: {error.strerror} (mappings belong to root)"
         raise RbdnbdError(message, error.errno or 0) from error
-    documents = [document for path in paths if (document := _ask(path)) is not None]
+    with ExitStack() as stack:
+        asked = [(path, sock) for path in paths if (sock := _ask(path, stack)) is not None]
+        deadline = time.monotonic() + _ANSWER_SECONDS  # for all of them together
+        answers = [_answer(path, sock, deadline) for path, sock in asked]
+    documents = [document for document in answers if document is not None]
     return sorted(documents, key=lambda document: (len(document["device"]), document["device"]))
 
 
-def _ask(path: Path) -> Document | None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_ANSWER_SECONDS)
-        try:
-            sock.connect(str(path))
-            with sock.makefile("rb") as answer:
-                document = json.load(answer)
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-        except (OSError, ValueError) as error:  # it left, or hangs, between our question and answer
-            if path.exists():
-                log.warning("no answer from %s: %s", path, error)
-        else:
-            return dict(document)
-    return None
+def _ask(path: Path, stack: ExitStack) -> socket.socket | None:
+    """Connect, which is the question; None when nobody is there any more."""
+    sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    sock.settimeout(_ANSWER_SECONDS)
+    try:
+        sock.connect(str(path))
+    except ConnectionRefusedError:
+        path.unlink(missing_ok=True)
+        return None
+    except OSError as error:
+        _complain(path, error)
+        return None
+    return sock
+
+
+def _answer(path: Path, sock: socket.socket, deadline: float) -> Document | None:
+    received = b""
+    try:
+        while True:
+            sock.settimeout(max(0.01, deadline - time.monotonic()))
+            data = sock.recv(65536)
+            if not data:
+                return dict(json.loads(received))
+            received += data
+    except (OSError, ValueError) as error:
+        _complain(path, error)
+        return None
+
+
+def _complain(path: Path, error: Exception) -> None:
+    """Say that a mapping does not answer, unless it has just left."""
+    if path.exists():
+        log.warning("no answer from the process behind %s: %s", path, error)

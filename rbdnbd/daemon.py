@@ -28,6 +28,7 @@ from typing import Final
 from rbdnbd.errors import RbdnbdError
 
 START_SECONDS: Final = 120.0
+_END_SECONDS: Final = 60.0
 _SAY_EVERY: Final = 5.0
 _BACKGROUND: Final = "RBDNBD_BACKGROUND"
 
@@ -38,15 +39,17 @@ def notify(**fields: str | int) -> None:
         _send(fields)
 
 
-def _send(fields: Mapping[str, str | int]) -> None:
+def _send(fields: Mapping[str, str | int]) -> bool:
+    """Send one datagram if there is an address for it; return whether there is."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
-        return
+        return False
     if address.startswith("@"):
         address = "\0" + address[1:]
     lines = (f"{name}={str(value).replace(chr(10), ' ')}" for name, value in fields.items())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto("\n".join(lines).encode(), address)
+        sock.sendto("\n".join(lines).encode(errors="replace"), address)
+    return True
 
 
 def in_background() -> bool:
@@ -74,10 +77,9 @@ def ready(**fields: str | int) -> None:
 def failed(message: str, errno: int) -> bool:
     """Report the reason of a failure; return whether a parent waits for it and will tell it."""
     try:
-        _send({"ERRNO": errno, "STATUS": message})
+        return _send({"ERRNO": errno, "STATUS": message}) and in_background()
     except OSError:
         return False
-    return in_background()
 
 
 def start(
@@ -99,20 +101,26 @@ def start(
         try:
             return _await_ready(child, sock, say, seconds)
         except BaseException:
-            _end(child)
+            _end(child, say)
             raise
 
 
-def await_exit(pid: int, seconds: float) -> bool:
-    """Wait until a process is gone; return whether it is."""
+@contextmanager
+def watching(pid: int) -> Iterator[Callable[[float], bool]]:
+    """Watch a process that is alive, so that its number's next owner is not taken for it.
+
+    Yields a function that waits for its end, for at most so many seconds, and tells whether it has
+    come.
+    """
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
-        return True
+        yield lambda seconds: True
+        return
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(process, selectors.EVENT_READ)
-            return bool(selector.select(seconds))
+            yield lambda seconds: bool(selector.select(seconds))
     finally:
         os.close(process)
 
@@ -171,11 +179,16 @@ def _how_it_ended(child: subprocess.Popen[bytes]) -> str:
     return f"exited with status {status}"
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a child that is not ready: in its own way if it does that soon, else at once."""
+def _end(child: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
+    """End a child that is not ready, in its own way unless that takes too long."""
     child.terminate()
     try:
-        child.wait(timeout=5)
+        child.wait(_SAY_EVERY)
     except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+        say(f"waiting for process {child.pid} to undo what it has done")
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_END_SECONDS)
+        finally:
+            child.kill()
+            child.wait()

@@ -40,7 +40,6 @@ class RbdImage:
 
         self.spec = spec
         self.read_only = read_only
-        self.object_size = image.stat()["obj_size"]
         self._image = image
         self._failure = rbd.Error
         self._thick = rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
@@ -49,6 +48,13 @@ class RbdImage:
         """Return the size in bytes as it is now, also after a resize by another client."""
         try:
             return self._image.size()
+        except self._failure as error:
+            raise _as_oserror(error) from error
+
+    def object_size(self) -> int:
+        """Return the size in bytes of the objects that the image is stored in."""
+        try:
+            return self._image.stat()["obj_size"]
         except self._failure as error:
             raise _as_oserror(error) from error
 
@@ -127,12 +133,15 @@ def open_image(
         ioctx = _open_pool(client, spec)
         stack.callback(ioctx.close)
         image = _open(ioctx, spec, options, read_only=read_only)
-        stack.callback(image.close)
+        stack.callback(_close, image, spec)
         yield RbdImage(image, spec, read_only=read_only)
 
 
 def default_pool(options: ClusterOptions) -> str:
-    """Return the pool of a spec that names none, without asking the cluster."""
+    """Return the pool of a spec that names none, without asking the cluster.
+
+    A pool that is set in the monitors' own configuration only is not seen by this.
+    """
     return _client(options).conf_get("rbd_default_pool")
 
 
@@ -180,11 +189,29 @@ def _connect(options: ClusterOptions) -> rados.Rados:
     import rados
 
     try:
-        client.connect()
+        with _quiet_stderr():
+            client.connect()
     except rados.Error as error:
         number = getattr(error, "errno", None) or errno.EIO
         raise RbdnbdError(_why_not_connected(client, options, number, error), number) from error
     return client
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep off stderr what librados prints there itself, whatever its options say.
+
+    It does so of monitors' names that cannot be resolved (MonMap::init_with_hosts and others). For
+    the time that it takes to connect, nobody else has anything to say there.
+    """
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _why_not_connected(
@@ -228,7 +255,11 @@ def _open(
     try:
         return rbd.Image(ioctx, spec.image, snapshot=spec.snap or None, read_only=read_only)
     except rbd.ImageNotFound as error:
-        raise RbdnbdError(_why_not_found(ioctx, spec), errno.ENOENT) from error
+        try:
+            message = _why_not_found(ioctx, spec)
+        except rbd.Error:  # who may open an image need not be allowed to look around
+            message = f"image {spec} does not exist"
+        raise RbdnbdError(message, errno.ENOENT) from error
     except rbd.PermissionError as error:
         wanted = "read" if read_only else "write"
         message = f"{options.name} may not {wanted} {spec}: its capabilities do not allow it"
@@ -237,6 +268,16 @@ def _open(
     except rbd.Error as error:
         number = getattr(error, "errno", None) or 0
         raise RbdnbdError(f"cannot open {spec}: {error}", number) from error
+
+
+def _close(image: rbd.Image, spec: ImageSpec) -> None:
+    import rbd
+
+    try:
+        image.close()
+    except rbd.Error as error:
+        number = getattr(error, "errno", None) or 0
+        raise RbdnbdError(f"cannot close {spec} in good order: {error}", number) from error
 
 
 def _why_not_found(ioctx: rados.Ioctx, spec: ImageSpec) -> str:

@@ -1,4 +1,4 @@
-"""The life of a block device: attach a socket to /dev/nbdN, tune the device, release it.
+"""The life of a block device: attach a socket to /dev/nbdN, claim it, release it.
 
 A socket is attached by netlink where the kernel's family "nbd" exists (a device that lives on its
 own), else by ioctl (a device that lives as long as a thread of ours). Either way the kernel sends
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 LIVE_LIMIT: Final = 10.0  # for an attached device to show its pid and size
 BUSY_LIMIT: Final = 5.0  # for whoever has a free device open, udev after an unmap for one
 RELEASE_LIMIT: Final = 30.0  # for the last opener of a disconnected device to go
-FORCED_FLUSH_LIMIT: Final = 10.0  # for a forced release to write what is not written yet
 _POLL_INTERVAL: Final = 0.02
 
 
@@ -89,21 +88,6 @@ class NbdDriver:
                 raise _refusal(f"attach {device or 'an nbd device'}", error) from error
         return attachment
 
-    def tune(self, index: int, object_size: int) -> None:
-        """Let one request carry an object of `object_size` bytes, and read two objects ahead.
-
-        The driver starts with 128 KiB (6.1) or 1280 KiB (6.12) a request and takes up to 32 MiB.
-        The settings outlive a disconnect, so every mapping makes its own. A failure is logged.
-        """
-        queue = self.devices.queue(index)
-        try:
-            limit = int((queue / "max_hw_sectors_kb").read_text())
-            request_kib = min(max(object_size // 1024, 4), limit)
-            (queue / "max_sectors_kb").write_text(str(request_kib))
-            (queue / "read_ahead_kb").write_text(str(2 * request_kib))
-        except OSError as error:
-            log.warning("cannot tune %s: %s", self.devices.path(index), error)
-
     @contextmanager
     def claim(self, index: int) -> Iterator[int]:
         """Hold the device for this process alone; yield its descriptor.
@@ -125,19 +109,19 @@ class NbdDriver:
         finally:
             os.close(fd)
 
-    def release(self, index: int, *, force: bool = False) -> None:
+    def release(self, index: int, *, force: bool = False, flush_limit: float | None = None) -> None:
         """Claim a device, flush it, disconnect it, and return when it is free.
 
-        With `force` neither a holder nor a failing flush is an obstacle; requests in flight fail,
-        and a device that is still held is disconnected but not free yet, which is logged.
-        Errors: RbdnbdError, with ENODEV for a device that is free.
+        With `force` neither a holder nor a flush that fails, or takes more than `flush_limit`
+        seconds, is an obstacle; a device that is held then is disconnected but not free yet, which
+        is logged. Errors: RbdnbdError, with ENODEV for a device that is free.
         """
         device = self.devices.path(index)
         if self.devices.connected(index) is None:
             raise RbdnbdError(f"{device} is not attached", errno.ENODEV)
         try:
             with opened(device) if force else self.claim(index) as fd:
-                flush = self._flush(fd, device, force=force)
+                flush = self._flush(fd, device, flush_limit, force=force)
                 self._disconnect(index)
                 flush.join()
         except OSError as error:
@@ -223,10 +207,10 @@ class NbdDriver:
         with opened(self.devices.path(index)) as fd:
             self._ioctls.disconnect(fd)
 
-    def _flush(self, fd: int, device: Path, *, force: bool) -> Flush:
-        """Flush; a forced release gives up waiting or failing. The disconnect ends what is left."""
+    def _flush(self, fd: int, device: Path, limit: float | None, *, force: bool) -> Flush:
+        """Flush; a forced release goes on without. The disconnect then ends what is left of it."""
         flush = self._ioctls.start_flush(fd)
-        flush.join(FORCED_FLUSH_LIMIT if force else None)
+        flush.join(limit)
         if flush.error and not force:
             message = f"cannot flush {device}: {flush.error.strerror}"
             advice = "--force gives up what is not written yet"
@@ -271,14 +255,17 @@ class Attachment:
         """Wait for at most `timeout` seconds until `released`; return whether it is."""
         return wait_until(self.released, timeout)
 
-    def disconnect(self) -> None:
+    def disconnect(self, flush_limit: float | None = None) -> None:
         """Release the device if it is still ours, in use or not.
 
-        What is cached is written out first, so the server must answer meanwhile.
-        Errors: RbdnbdError.
+        What is cached is written out first, in `flush_limit` seconds: the server must answer.
         """
-        if not self.released():
-            self._driver.release(self.index, force=True)
+        try:
+            if not self.released():
+                self._driver.release(self.index, force=True, flush_limit=flush_limit)
+        except RbdnbdError as error:
+            if error.errno != errno.ENODEV:  # somebody else has just released it
+                raise
 
 
 def wait_until(condition: Callable[[], bool], limit: float) -> bool:

@@ -52,8 +52,8 @@ class Life:
 
     def wait(self) -> int | str:
         """Return the number of a signal, or the reason that `ended` was given. Main thread."""
-        while (ending := self._endings.get()) is None:
-            pass
+        ending = self._endings.get()
+        assert ending is not None, "an action is still under way"
         return ending
 
     def during(self, action: Callable[[], T]) -> T:
@@ -78,7 +78,7 @@ class Life:
         try:
             future.exception(_GRACE_SECONDS)
         except NotDoneError:
-            _leave(int(ending))
+            _leave(int(ending), "leaving in the middle of what does not end")
         raise Interrupted(int(ending))
 
     def _listen(self) -> None:
@@ -86,13 +86,13 @@ class Life:
         log.info("%s: draining", signal.Signals(number).name)
         self._endings.put(int(number))
         patience = time.monotonic() + _ONE_SIGNAL_SECONDS
-        while time.monotonic() < patience:
-            signal.sigtimedwait(self._signals, patience - time.monotonic())
+        while (left := patience - time.monotonic()) > 0:
+            signal.sigtimedwait(self._signals, left)
         number = signal.sigwait(self._signals)
-        log.error("%s again: leaving without draining", signal.Signals(number).name)
-        _leave(number)
+        _leave(number, "told again, leaving without draining")
 
 
-def _leave(number: int) -> NoReturn:
+def _leave(number: int, why: str) -> NoReturn:
     """End without waiting for threads that may never return from librados."""
+    log.error("%s: %s", signal.Signals(number).name, why)
     os._exit(128 + number)

@@ -6,7 +6,9 @@ has the device connected; neither alone is believed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,9 @@ from rbdnbd.spec import ClusterOptions, ImageSpec
 
 EXIT_SECONDS: Final = 120.0
 """Time for an unmapped image's process to answer, flush and close."""
+FORCED_FLUSH_SECONDS: Final = 10.0
+"""Time for a device that is taken by force to write what is not written yet."""
+_SAY_AFTER: Final = 3.0
 
 
 def mapped(devices: NbdDevices, run_dir: Path = RUN_DIR) -> list[Document]:
@@ -60,17 +65,30 @@ def unmap(
     else:
         document = _of_image(target, cluster, devices, run_dir)
         index = devices.index(document["device"])
-    driver.release(index, force=force)
-    if document is None:
+    with ExitStack() as stack:
+        if document:
+            gone = stack.enter_context(daemon.watching(document["id"]))
+        slow = threading.Timer(_SAY_AFTER, say, [f"writing out what {devices.path(index)} caches"])
+        slow.start()
+        stack.callback(slow.cancel)
+        driver.release(index, force=force, flush_limit=FORCED_FLUSH_SECONDS if force else None)
+        slow.cancel()
+        if document:
+            _await_exit(document, gone, say)
+
+
+def _await_exit(
+    document: Document, gone: Callable[[float], bool], say: Callable[[str], None]
+) -> None:
+    if gone(_SAY_AFTER):
         return
     pid, spec = document["id"], spec_of(document)
-    if not daemon.await_exit(pid, 3):
-        say(f"waiting for process {pid} to flush and close {spec}")
-        if not daemon.await_exit(pid, EXIT_SECONDS):
-            raise RbdnbdError(
-                f"{document['device']} is free, but after {EXIT_SECONDS:.0f} s process {pid} still "
-                f"has {spec} open (are the OSDs up?)"
-            )
+    say(f"waiting for process {pid} to flush and close {spec}")
+    if not gone(EXIT_SECONDS):
+        raise RbdnbdError(
+            f"{document['device']} is free, but after {EXIT_SECONDS:.0f} s process {pid} still "
+            f"has {spec} open (are the OSDs up?)"
+        )
 
 
 def _on_device(index: int, driver: NbdDriver, *, force: bool, run_dir: Path) -> Document | None:
@@ -85,7 +103,7 @@ def _on_device(index: int, driver: NbdDriver, *, force: bool, run_dir: Path) -> 
     if force:
         return None
     raise RbdnbdError(
-        f"{device} is connected, but by no rbdnbd process that is alive (process {pid} attached "
+        f"{device} is connected, but no rbdnbd process answers for it (process {pid} attached "
         "it): --force disconnects it all the same"
     )
 

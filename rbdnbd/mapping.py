@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from rbdnbd import daemon
+from rbdnbd.blockqueue import tune
 from rbdnbd.control import Control, Document
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.image import RbdImage, open_image
@@ -126,7 +127,7 @@ def _attached(
     cookie = str(uuid.uuid4())
     ours, kernels = socket.socketpair()
     connection = Connection(ours, image, export)
-    orderly = stack.enter_context(_serving(connection, life))
+    goodbye = stack.enter_context(_serving(connection, life))
     daemon.notify(STATUS="attaching the device")
     driver = NbdDriver()
     attachment = driver.attach(
@@ -139,8 +140,8 @@ def _attached(
         cookie=cookie,
         use_ioctl=options.use_ioctl,
     )
-    stack.callback(_detach, attachment, orderly)
-    driver.tune(attachment.index, image.object_size)
+    stack.callback(_detach, attachment, connection, goodbye)
+    tune(driver.devices, attachment.index, image.object_size())
     describe = _describer(image, export, connection, attachment, cookie)
     stack.enter_context(Control(describe))
     log.info("%s is mapped to %s by %s", image.spec, attachment.device, attachment.method)
@@ -150,21 +151,21 @@ def _attached(
 @contextmanager
 def _serving(connection: Connection, life: Life) -> Iterator[threading.Event]:
     """Serve the kernel in threads; the event says that it has said goodbye (NBD_CMD_DISC)."""
-    orderly = threading.Event()
+    goodbye = threading.Event()
 
     def serve() -> None:
         reason = "the server has failed"
         try:
             reason = connection.serve()
             if not reason:
-                orderly.set()
+                goodbye.set()
         finally:
             life.ended(reason)
 
     thread = threading.Thread(target=serve, name="nbd-0", daemon=True)
     thread.start()
     try:
-        yield orderly
+        yield goodbye
     finally:
         connection.stop()
         thread.join(DRAIN_SECONDS)
@@ -172,12 +173,16 @@ def _serving(connection: Connection, life: Life) -> Iterator[threading.Event]:
         thread.join()
 
 
-def _detach(attachment: Attachment, orderly: threading.Event) -> None:
-    """Disconnect the device, unless somebody has: then it is free once that one is through."""
-    if orderly.is_set():
+def _detach(attachment: Attachment, connection: Connection, goodbye: threading.Event) -> None:
+    """Disconnect the device, unless somebody has: then it is free once that one is through.
+
+    What the kernel has cached is written first, however long that takes; nothing can be written
+    any more if the connection has ended.
+    """
+    if goodbye.is_set():
         attachment.wait_released(_RELEASE_SECONDS)
     else:
-        attachment.disconnect()
+        attachment.disconnect(flush_limit=0.0 if connection.ended() else None)
 
 
 def _await_end(life: Life, what: str) -> None:

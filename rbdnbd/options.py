@@ -80,6 +80,9 @@ def image_options(command: Command) -> Command:
         whole = ImageSpec(
             parsed.pool or pool, parsed.namespace or namespace, parsed.image, parsed.snap or snap
         )
+        in_a_pool = whole.in_pool("rbd")
+        if ImageSpec.parse(str(in_a_pool)) != in_a_pool:
+            raise UsageError(f"no image can be called {str(whole)!r}")
         return command(*args, spec=whole, **kwargs)
 
     return _with_options(_IMAGE_OPTIONS, wrapped)

@@ -115,6 +115,10 @@ class Connection:
         self._ended = True
         _shutdown(self._sock, socket.SHUT_RDWR)
 
+    def ended(self) -> bool:
+        """Tell whether no further request will be read."""
+        return self._ended
+
     def in_flight(self) -> list[tuple[Request, float]]:
         """Return the requests being performed and the `time.monotonic` when each was read."""
         return list(self._in_flight.values())

@@ -24,7 +24,7 @@ class ImageSpec:
     def parse(cls, text: str) -> ImageSpec:
         """Read a spec; `UsageError` if it is none. `a/b` is image b of pool a."""
         match = _SPEC.fullmatch(text)
-        if not match:
+        if not match or not text.isprintable():
             raise UsageError(f"invalid spec {text!r}: expected [pool/[namespace/]]image[@snap]")
         pool, namespace, image, snap = (part or "" for part in match.groups())
         return cls(pool, namespace, image, snap)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from rbdnbd import kernel
+from rbdnbd.blockqueue import tune
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.ioctl import BLKROSET, NbdIoctls, ioctl
 from rbdnbd.kernel import Attachment, NbdDriver
@@ -245,7 +246,7 @@ def test_who_is_not_root_is_told_so(use_ioctl):
 def test_a_tuned_device_asks_for_a_whole_object_at_once(attach, responder, use_ioctl):
     served = responder()
     attachment = attach(served, use_ioctl=use_ioctl)
-    DRIVER.tune(attachment.index, 4 * MIB)
+    tune(DRIVER.devices, attachment.index, 4 * MIB)
     with opened(attachment.device, os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, 4 * MIB) as room:
         os.preadv(fd, [room], 0)
     assert served.saw(READ, 4 * MIB)
@@ -361,14 +362,13 @@ def test_force_disconnects_a_mounted_device_and_writes_out_its_files(
 
 
 def test_a_forced_release_does_not_wait_for_a_silent_server(attach, responder, monkeypatch, caplog):
-    monkeypatch.setattr(kernel, "FORCED_FLUSH_LIMIT", 0.5)
     monkeypatch.setattr(kernel, "RELEASE_LIMIT", 0.5)
     served = responder()
     attachment = attach(served)
     with opened(attachment.device, os.O_RDWR) as fd:
         os.pwrite(fd, b"x" * 4096, 0)
         served.silent = True
-        refusal(lambda: DRIVER.release(attachment.index, force=True))
+        refusal(lambda: DRIVER.release(attachment.index, force=True, flush_limit=0.5))
         assert "is disconnected before all of it was written" in caplog.text
 
 

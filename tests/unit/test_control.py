@@ -142,7 +142,7 @@ def test_a_mapping_that_hangs_is_left_out_and_said_and_does_not_hold_up_the_list
         assert devices(mappings(run_dir)) == ["/dev/nbd0"]
     assert time.monotonic() - begin < 5
     assert hung.exists()
-    assert caplog.messages == [f"no answer from {hung}: timed out"]
+    assert caplog.messages == [f"no answer from the process behind {hung}: timed out"]
 
 
 def test_a_mapping_that_leaves_while_it_is_asked_is_no_mapping_and_no_problem(run_dir, caplog):

@@ -196,10 +196,8 @@ def test_the_words_that_are_passed_on_are_a_command_line_of_rbdnbd(monkeypatch):
 def test_a_child_that_is_not_ready_in_time_is_ended_even_if_it_does_not_want_to(
     monkeypatch, pid_file
 ):
-    wait = subprocess.Popen.wait
-    monkeypatch.setattr(  # a stubborn child gets seconds to end, which no test should take
-        subprocess.Popen, "wait", lambda self, timeout=None: wait(self, timeout and 0.2)
-    )
+    monkeypatch.setattr(daemon, "_SAY_EVERY", 0.1)
+    monkeypatch.setattr(daemon, "_END_SECONDS", 0.2)
     script = (
         f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{writes(pid_file)}"
         "daemon.notify(STATUS='opening vol')\ntime.sleep(60)"
@@ -348,12 +346,14 @@ def test_readiness_that_nobody_waits_for_is_an_error(monkeypatch, tmp_path):
 def test_a_process_that_is_gone_needs_no_waiting():
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    assert daemon.await_exit(process.pid, 0)
+    with daemon.watching(process.pid) as gone:
+        assert gone(0)
 
 
 def test_a_process_that_stays_is_waited_for_as_long_as_was_said():
     begin = time.monotonic()
-    assert not daemon.await_exit(os.getpid(), 0.1)
+    with daemon.watching(os.getpid()) as gone:
+        assert not gone(0.1)
     assert time.monotonic() - begin >= 0.1
 
 
@@ -361,12 +361,14 @@ def test_the_waiting_ends_with_the_process():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         assert process.stdin
         threading.Timer(0.1, process.stdin.close).start()
-        assert daemon.await_exit(process.pid, 20)
+        with daemon.watching(process.pid) as gone:
+            assert gone(20)
 
 
 def test_waiting_leaves_no_descriptor():
     before = os.listdir("/proc/self/fd")
-    daemon.await_exit(os.getpid(), 0)
+    with daemon.watching(os.getpid()) as gone:
+        gone(0)
     assert os.listdir("/proc/self/fd") == before
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rbdnbd import kernel
+from rbdnbd.blockqueue import tune
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.kernel import Attachment, NbdDriver
 from rbdnbd.netlink import Connect, FamilyNotFoundError
@@ -74,7 +75,7 @@ def driver(fake, family):
 
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch):
-    for limit in ("LIVE_LIMIT", "BUSY_LIMIT", "RELEASE_LIMIT", "FORCED_FLUSH_LIMIT"):
+    for limit in ("LIVE_LIMIT", "BUSY_LIMIT", "RELEASE_LIMIT"):
         monkeypatch.setattr(kernel, limit, 0.1)
 
 
@@ -258,19 +259,19 @@ def test_a_do_it_that_fails_says_why_and_disconnects_nobody(attach, family, fake
 
 def test_tuning_lets_a_request_carry_an_object_and_reads_two_ahead(driver, fake):
     queue = queue_of(fake, limit=32768)
-    driver.tune(0, 4 << 20)
+    tune(driver.devices, 0, 4 << 20)
     assert (queue / "max_sectors_kb").read_text() == "4096"
     assert (queue / "read_ahead_kb").read_text() == "8192"
 
 
 def test_tuning_keeps_to_the_drivers_limit(driver, fake):
     queue = queue_of(fake, limit=32768)
-    driver.tune(0, 64 << 20)
+    tune(driver.devices, 0, 64 << 20)
     assert (queue / "max_sectors_kb").read_text() == "32768"
 
 
 def test_a_device_that_cannot_be_tuned_is_logged(driver, caplog):
-    driver.tune(0, 4 << 20)
+    tune(driver.devices, 0, 4 << 20)
     assert "cannot tune" in caplog.text
 
 
@@ -359,7 +360,7 @@ def test_force_does_not_wait_for_a_flush_that_hangs(driver, fake, family, monkey
     flushed_in_time: list[bool] = []
     monkeypatch.setattr(os, "fsync", lambda fd: flushed_in_time.append(disconnected.wait(5)))
     monkeypatch.setattr(family, "disconnect", lambda index: disconnected.set())
-    refused(lambda: driver.release(0, force=True))
+    refused(lambda: driver.release(0, force=True, flush_limit=0.1))
     assert flushed_in_time == [True]
 
 

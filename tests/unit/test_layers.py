@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "netlink": PURE,
     "devices": PURE,
     "ioctl": PURE | {"netlink"},
+    "blockqueue": PURE | {"devices"},
     "modprobe": PURE | {"devices"},
     "kernel": PURE | {"netlink", "ioctl", "devices", "modprobe"},
     "control": PURE,

@@ -177,7 +177,7 @@ def test_either_device_of_an_image_on_two_is_unmapped_by_its_path(host):
 def test_a_strangers_device_is_refused(host):
     host.fake.connect(0, 1 << 20, pid=4711)
     assert host.refusal(host.device(0)) == (
-        f"{host.device(0)} is connected, but by no rbdnbd process that is alive (process 4711 "
+        f"{host.device(0)} is connected, but no rbdnbd process answers for it (process 4711 "
         "attached it): --force disconnects it all the same"
     )
     assert host.connected(0)

@@ -40,7 +40,8 @@ NO_SPECS = [
     "rbd@a/vol",
 ]
 
-NAMES = st.text(st.characters(exclude_characters="/@", exclude_categories=["Cs"]), min_size=1)
+PRINTABLE = st.characters(exclude_characters="/@", exclude_categories=["C", "Z"]) | st.just(" ")
+NAMES = st.text(PRINTABLE, min_size=1)
 
 
 @pytest.mark.parametrize(("text", "parts"), SPECS.items())
