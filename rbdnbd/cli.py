@@ -2,6 +2,9 @@
 
 Results go to stdout, everything else to stderr. A refusal is one sentence, `rbdnbd: …`, and a
 non-zero status: 2 for a command line that makes no sense, 1 for what cannot be done.
+
+Every command imports the rooms that it needs by itself: `map` is two processes, and the one that
+only waits for the other would otherwise spend most of its time on importing.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import socket
 import sys
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from logging.handlers import SysLogHandler, WatchedFileHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -25,14 +28,8 @@ import click
 
 import rbdnbd
 from rbdnbd import daemon
-from rbdnbd.control import Document
 from rbdnbd.devices import NbdDevices
-from rbdnbd.errors import RbdnbdError
-from rbdnbd.kernel import NbdDriver
-from rbdnbd.life import Interrupted
-from rbdnbd.listener import listen_tcp, listen_unix, parse_address, uri
-from rbdnbd.mapped import mapped, unmap
-from rbdnbd.mapping import MapOptions, run_mapping, run_server
+from rbdnbd.errors import Interrupted, RbdnbdError
 from rbdnbd.options import cluster_options, image_options
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
@@ -102,6 +99,8 @@ def map_command(
         fields = daemon.start(["map", "--foreground", *ctx.meta["words"]], _say)
         click.echo(fields["X_RBDNBD_DEVICE"])
         return
+    from rbdnbd.mapping import MapOptions, run_mapping
+
     cluster = _log_to(log_file, cluster)
 
     def ready(device: str) -> None:
@@ -121,6 +120,9 @@ def unmap_command(target: str, force: bool, cluster: ClusterOptions) -> None:
 
     A device that is mounted, or held in another way, is refused.
     """
+    from rbdnbd.kernel import NbdDriver
+    from rbdnbd.mapped import unmap
+
     unmap(target, cluster, force=force, say=_say, driver=NbdDriver())
 
 
@@ -128,6 +130,8 @@ def unmap_command(target: str, force: bool, cluster: ClusterOptions) -> None:
 @click.option("--format", "style", type=click.Choice(["plain", "json"]), default="plain")
 def list_mapped(style: str) -> None:
     """List the mappings of this host."""
+    from rbdnbd.mapped import mapped
+
     documents = mapped(NbdDevices())
     columns = ("id", "pool", "namespace", "image", "snap", "device", "cookie")
     if style == "json":
@@ -144,6 +148,8 @@ def list_mapped(style: str) -> None:
 @click.option("--format", "style", type=click.Choice(["plain", "json"]), default="plain")
 def stats_command(style: str) -> None:
     """Show what every mapping has done, and what it is doing."""
+    from rbdnbd.mapped import mapped
+
     documents = mapped(NbdDevices())
     if style == "json":
         keys = ("device", "pool", "namespace", "image", "snap", "stats", "in_flight")
@@ -176,6 +182,9 @@ def serve(
     """
     if (path is None) == (address is None):
         raise click.UsageError("say where to listen: --socket PATH or --listen HOST:PORT")
+    from rbdnbd.listener import listen_tcp, listen_unix, parse_address, uri
+    from rbdnbd.mapping import run_server
+
     host, port = parse_address(address or "")
     cluster = _log_to(log_file, cluster)
 
@@ -233,6 +242,8 @@ def _exit_by_signal(number: int, _: object) -> NoReturn:
 
 def _log_to(file: str | None, cluster: ClusterOptions) -> ClusterOptions:
     """Send the log to a file, else to stderr in the foreground and to syslog in the background."""
+    from logging.handlers import SysLogHandler, WatchedFileHandler
+
     handler: logging.Handler
     if file:
         path = os.path.abspath(file)
@@ -261,7 +272,7 @@ def _log_unhandled(
     log.critical("a defect in rbdnbd: %r", error, exc_info=(kind, error or kind(), trace))
 
 
-def _stats_rows(document: Document) -> list[list[str]]:
+def _stats_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """Return one row for each command that a mapping has seen or is at."""
     busy = Counter(request["command"] for request in document["in_flight"])
     rows = []

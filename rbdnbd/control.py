@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import socket
 import threading
 import time
@@ -40,7 +39,7 @@ class Control:
 
     def __init__(self, describe: Callable[[], Document], run_dir: Path = RUN_DIR) -> None:
         self._describe = describe
-        self._path = run_dir / f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+        self._path = run_dir / f"{os.getpid()}-{os.urandom(4).hex()}.sock"
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._leaving = False
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)

@@ -10,6 +10,7 @@ knows the foreign library.
 from __future__ import annotations
 
 import errno
+import signal
 
 
 class RbdnbdError(Exception):
@@ -34,3 +35,11 @@ class UsageError(RbdnbdError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, errno.EINVAL)
+
+
+class Interrupted(Exception):
+    """A signal, `number`, came before the command was done."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number

@@ -20,6 +20,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDoneError
 from typing import Final, NoReturn, TypeVar
 
+from rbdnbd.errors import Interrupted
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -27,14 +29,6 @@ T = TypeVar("T")
 SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _GRACE_SECONDS: Final = 5.0
 _ONE_SIGNAL_SECONDS: Final = 1.0
-
-
-class Interrupted(Exception):
-    """A signal came before the process was ready."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
-        self.number = number
 
 
 class Life:

@@ -228,7 +228,7 @@ def test_images_over_2_gib_and_2_tib_are_reached_to_their_end(
     unmap: Callable[[str], None],
     rbd: Rbd,
 ) -> None:
-    spec = image(size, "--image-feature", "layering")
+    spec = image(size)
     device = map_image(spec, *way)
     expected = int(json.loads(rbd("info", "--format", "json", spec))["size"])
     assert int(run("blockdev", "--getsize64", device)) == expected

@@ -237,7 +237,9 @@ DOCUMENT: Document = {
 def machine(tmp_path, tmp_path_factory, monkeypatch) -> Iterator[Machine]:
     with ExitStack() as stack:
         machine = Machine(tmp_path_factory.mktemp("run"), tmp_path / "sys", stack)
-        monkeypatch.setattr(cli, "mapped", functools.partial(mapped, run_dir=machine.run_dir))
+        monkeypatch.setattr(
+            "rbdnbd.mapped.mapped", functools.partial(mapped, run_dir=machine.run_dir)
+        )
         monkeypatch.setattr(cli, "NbdDevices", lambda: machine.devices)
         yield machine
 
