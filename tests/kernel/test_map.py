@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -302,13 +303,14 @@ def test_map_in_the_foreground_prints_the_device_and_ends_with_the_unmap(
     image: MakeImage, rbdnbd: Command, ceph_conf: Path, unmap: Callable[[str], None]
 ) -> None:
     process = subprocess.Popen(
-        ["python3", "-m", "rbdnbd", "map", "--foreground", "-c", str(ceph_conf), image("16M")],
+        [sys.executable, "-m", "rbdnbd", "map", "-f", "-c", str(ceph_conf), image("16M")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     device = process.stdout.readline().strip()
+    assert device.startswith("/dev/nbd")
     unmap(device)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0

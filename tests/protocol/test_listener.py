@@ -81,7 +81,11 @@ def test_abort_is_acknowledged_and_the_connection_closed(door):
     assert client.ended()
 
 
-@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", bytes(1000), b"\xff" * 1000])
+@pytest.mark.parametrize(
+    "data",
+    [b"GET / HTTP/1.1\r\n\r\n", bytes(1000), b"\xff" * 1000],
+    ids=["http", "zeroes", "ones"],
+)
 def test_garbage_instead_of_a_negotiation_ends_that_connection_alone(door, data):
     client = door.connect()
     client.receive(18)
