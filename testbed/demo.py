@@ -52,7 +52,7 @@ def run_here(environment: Mapping[str, str]) -> int:
 
 def run_in_vm(environment: Mapping[str, str]) -> int:
     """Run the steps in a VM."""
-    say("this kernel has no nbd: the image is mapped in a VM (emulated, a minute or two)")
+    say("this kernel has no nbd: fetching Debian's, for an emulated VM (a minute or two)")
     with tempfile.TemporaryDirectory(prefix="rbdnbd-demo-") as directory:
         vm = VM(console=Path(directory, "console.log"), limit=VM_SECONDS)
         return vm.run([str(STEPS)], env=environment, output=_write).status
