@@ -13,7 +13,7 @@ demo_packages="python3 python3-venv python3-rados python3-rbd
     ceph-common ceph-mon ceph-osd iproute2 e2fsprogs
     qemu-system-x86 busybox-static kmod util-linux"
 test_packages="$demo_packages
-    fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client
+    file fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client
     xfsprogs fdisk debootstrap"
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
