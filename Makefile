@@ -3,7 +3,7 @@ PREFIX ?= /usr/local
 PYTHON := .venv/bin/python
 LIB := $(PREFIX)/lib/rbdnbd
 
-.PHONY: help demo test lint install uninstall clean
+.PHONY: help demo test lint install uninstall install-drop-in uninstall-drop-in clean
 
 help:
 	@echo "make demo       map an image of a throw-away Ceph cluster, write, read, compare"
@@ -11,6 +11,8 @@ help:
 	@echo "make lint       run ruff and mypy --strict"
 	@echo "make install    install rbdnbd below PREFIX=$(PREFIX), for a host with a cluster of its own"
 	@echo "make uninstall  remove it"
+	@echo "make install-drop-in    install it, and its rbd-nbd in the place of Ceph's"
+	@echo "make uninstall-drop-in  put Ceph's rbd-nbd back"
 
 demo:
 	@testbed/setup.sh demo
@@ -32,6 +34,12 @@ install:
 
 uninstall:
 	rm -rf "$(LIB)" "$(PREFIX)/bin/rbdnbd"
+
+install-drop-in: install
+	@contrib/install-drop-in.sh install "$(LIB)/bin/rbd-nbd"
+
+uninstall-drop-in:
+	@contrib/install-drop-in.sh uninstall "$(LIB)/bin/rbd-nbd"
 
 clean:
 	rm -rf .venv .build .pytest_cache .mypy_cache .ruff_cache

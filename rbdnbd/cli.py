@@ -15,14 +15,11 @@ import os
 import signal
 import socket
 import sys
-import threading
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -30,8 +27,14 @@ import rbdnbd
 from rbdnbd import daemon
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Interrupted, RbdnbdError
-from rbdnbd.options import cluster_options, image_options
-from rbdnbd.spec import ClusterOptions, ImageSpec
+from rbdnbd.options import (
+    cluster_options,
+    image_options,
+    map_only_options,
+    mapping_options,
+    process_options,
+)
+from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +57,11 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command("map", cls=_Words)
-@image_options
-@click.option("--read-only", is_flag=True, help="Refuse writes; a snapshot is always read-only.")
+@image_options()
 @click.option("--device", metavar="/dev/nbdN", help="Use this device.  [default: a free one]")
-@click.option(
-    "--block-size",
-    type=click.Choice(["512", "1024", "2048", "4096"]),
-    default="512",
-    show_default=True,
-    help="The device's logical block size in bytes.",
-)
-@click.option(
-    "--io-timeout",
-    type=click.IntRange(min=0),
-    metavar="SECONDS",
-    help="Have the kernel give up on requests that take longer.  [default: wait for ever]",
-)
-@click.option("--ioctl", "use_ioctl", is_flag=True, help="Attach by ioctl even if netlink works.")
-@click.option("-f", "--foreground", is_flag=True, help="Serve in this process, until a signal.")
-@click.option("--log-file", metavar="FILE", help="Log there.  [default: syslog, or stderr with -f]")
+@mapping_options
+@map_only_options
+@process_options
 @cluster_options
 @click.pass_context
 def map_command(
@@ -80,35 +69,83 @@ def map_command(
     /,
     spec: ImageSpec,
     cluster: ClusterOptions,
+    options: MapOptions,
+    device: str | None,
     foreground: bool,
     log_file: str | None,
-    block_size: str,
-    **options: Any,
+    show_cookie: bool,
 ) -> None:
     """Map an image to a block device and print the device.
 
     Returns once the device is live; a background process serves it until `rbdnbd unmap`.
     """
-    if options["device"]:
-        NbdDevices().index(options["device"])
-    if os.geteuid():
-        raise RbdnbdError("mapping a device needs root")
+    if device:
+        NbdDevices().index(device)
+    _require_root()
     if not foreground:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _exit_by_signal)
-        fields = daemon.start(["map", "--foreground", *ctx.meta["words"]], _say)
-        click.echo(fields["X_RBDNBD_DEVICE"])
+        _start("map", ctx.meta["words"], show_cookie)
         return
-    from rbdnbd.mapping import MapOptions, run_mapping
+    from rbdnbd.logs import log_to
+    from rbdnbd.mapping import run_mapping
 
-    cluster = _log_to(log_file, cluster)
+    cluster = log_to(log_file, cluster)
+    run_mapping(spec, cluster, replace(options, device=device), _ready(show_cookie))
 
-    def ready(device: str) -> None:
-        daemon.ready(STATUS=f"{spec} is {device}", X_RBDNBD_DEVICE=device)
-        if not daemon.in_background():
-            click.echo(device)
 
-    run_mapping(spec, cluster, MapOptions(block_size=int(block_size), **options), ready)
+@cli.command("attach", cls=_Words)
+@image_options(optional=True)
+@click.option("--device", metavar="/dev/nbdN", required=True, help="The device to take over.")
+@click.option(
+    "--replace", "take_from_living", is_flag=True, help="Take it from the process that serves it."
+)
+@mapping_options
+@process_options
+@cluster_options
+@click.pass_context
+def attach_command(
+    ctx: click.Context,
+    /,
+    spec: ImageSpec | None,
+    cluster: ClusterOptions,
+    options: MapOptions,
+    device: str,
+    take_from_living: bool,
+    foreground: bool,
+    log_file: str | None,
+    show_cookie: bool,
+) -> None:
+    """Go on serving a device whose process is gone, and print the device.
+
+    Without a spec all is as it was mapped. A process that was killed is fenced first: what it still
+    had on its way can not be written any more. With --replace a living one hands over, and nobody
+    who uses the device notices: this is how to upgrade rbdnbd.
+    """
+    NbdDevices().index(device)
+    _require_root()
+    if not foreground:
+        _start("attach", ctx.meta["words"], show_cookie)
+        return
+    from rbdnbd.logs import log_to
+    from rbdnbd.mapping import run_attach
+
+    run_attach(
+        spec,
+        log_to(log_file, cluster),
+        replace(options, device=device),
+        _ready(show_cookie),
+        take_from_living=take_from_living,
+    )
+
+
+@cli.command("detach")
+@click.argument("target", metavar="/dev/nbdN | [POOL/[NAMESPACE/]]IMAGE[@SNAP]")
+@cluster_options
+def detach_command(target: str, cluster: ClusterOptions) -> None:
+    """End a mapping's process and leave the device; what it is asked waits for `rbdnbd attach`."""
+    from rbdnbd.kernel import NbdDriver
+    from rbdnbd.mapped import detach
+
+    detach(target, cluster, say=_say, driver=NbdDriver())
 
 
 @cli.command("unmap")
@@ -130,18 +167,15 @@ def unmap_command(target: str, force: bool, cluster: ClusterOptions) -> None:
 @click.option("--format", "style", type=click.Choice(["plain", "json"]), default="plain")
 def list_mapped(style: str) -> None:
     """List the mappings of this host."""
+    from rbdnbd.listing import KEYS, listing
     from rbdnbd.mapped import mapped
 
     documents = mapped(NbdDevices())
-    columns = ("id", "pool", "namespace", "image", "snap", "device", "cookie")
-    if style == "json":
-        keys = (*columns, "size", "read_only", "attached_by", "since")
+    if style == "plain":
+        click.echo(listing(documents, style, pretty=False), nl=False)
+    else:
+        keys = (*KEYS, "size", "read_only", "attached_by", "since")
         click.echo(json.dumps([{key: document[key] for key in keys} for document in documents]))
-    elif documents:
-        rows = [[str(document[key]) for key in columns] for document in documents]
-        for row in rows:
-            row[columns.index("snap")] = row[columns.index("snap")] or "-"
-        _print_table([list(columns), *rows])
 
 
 @cli.command("stats")
@@ -149,18 +183,18 @@ def list_mapped(style: str) -> None:
 def stats_command(style: str) -> None:
     """Show what every mapping has done, and what it is doing."""
     from rbdnbd.mapped import mapped
+    from rbdnbd.report import statistics
 
     documents = mapped(NbdDevices())
-    if style == "json":
+    if style == "plain":
+        click.echo(statistics(documents), nl=False)
+    else:
         keys = ("device", "pool", "namespace", "image", "snap", "stats", "in_flight")
         click.echo(json.dumps([{key: document[key] for key in keys} for document in documents]))
-    elif documents:
-        header = ["device", "command", "requests", "errors", "bytes", "mean ms", "in flight"]
-        _print_table([header, *(row for document in documents for row in _stats_rows(document))])
 
 
 @cli.command("serve")
-@image_options
+@image_options()
 @click.option("--socket", "path", type=click.Path(path_type=Path), help="Listen on a unix socket.")
 @click.option("--listen", "address", metavar="[HOST][:PORT]", help="Listen on TCP, on loopback.")
 @click.option("--read-only", is_flag=True, help="Refuse writes; a snapshot is always read-only.")
@@ -183,10 +217,11 @@ def serve(
     if (path is None) == (address is None):
         raise click.UsageError("say where to listen: --socket PATH or --listen HOST:PORT")
     from rbdnbd.listener import listen_tcp, listen_unix, parse_address, uri
-    from rbdnbd.mapping import run_server
+    from rbdnbd.logs import log_to
+    from rbdnbd.serving import run_server
 
     host, port = parse_address(address or "")
-    cluster = _log_to(log_file, cluster)
+    cluster = log_to(log_file, cluster)
 
     def listen() -> AbstractContextManager[socket.socket]:
         return listen_unix(path) if path else listen_tcp(host, port)
@@ -195,7 +230,7 @@ def serve(
         daemon.ready(STATUS=f"serving {export}")
         click.echo(uri(sock, export))
 
-    run_server(spec, cluster, listen, ready, read_only=read_only)
+    run_server(spec, cluster, listen, ready, MapOptions(read_only=read_only))
 
 
 def main() -> NoReturn:
@@ -223,9 +258,9 @@ def main() -> NoReturn:
         _fail(str(error), 1, error.errno or 0)
 
 
-def _fail(message: str, status: int, errno: int = 0) -> NoReturn:
+def _fail(message: str, status: int, number: int = 0) -> NoReturn:
     """Say why in one sentence, to whoever waits for it."""
-    if not daemon.failed(message, errno):
+    if not daemon.failed(message, number):
         if daemon.in_background():
             log.error("%s", message)
         click.echo(f"rbdnbd: {message}", err=True)
@@ -236,57 +271,30 @@ def _say(doing: str) -> None:
     click.echo(f"rbdnbd: {doing}", err=True)
 
 
+def _require_root() -> None:
+    if os.geteuid():
+        raise RbdnbdError("mapping a device needs root")
+
+
+def _start(command: str, words: list[str], show_cookie: bool) -> None:
+    """Run a command anew in the background, and print what it reports when it is ready."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit_by_signal)
+    fields = daemon.start([command, "--foreground", *words], _say)
+    click.echo(fields["STATUS"] if show_cookie else fields["X_RBDNBD_DEVICE"])
+
+
+def _ready(show_cookie: bool) -> Callable[[str, str], None]:
+    """Return the function that reports a device that is live, to the parent or on stdout."""
+
+    def ready(device: str, cookie: str) -> None:
+        shown = f"{device} {cookie}"
+        daemon.ready(STATUS=shown, X_RBDNBD_DEVICE=device)
+        if not daemon.in_background():
+            click.echo(shown if show_cookie else device)
+
+    return ready
+
+
 def _exit_by_signal(number: int, _: object) -> NoReturn:
     raise Interrupted(number)
-
-
-def _log_to(file: str | None, cluster: ClusterOptions) -> ClusterOptions:
-    """Send the log to a file, else to stderr in the foreground and to syslog in the background."""
-    from logging.handlers import SysLogHandler, WatchedFileHandler
-
-    handler: logging.Handler
-    if file:
-        path = os.path.abspath(file)
-        try:
-            handler = WatchedFileHandler(path)
-        except OSError as error:
-            message = f"cannot write to the log file {path}: {error.strerror}"
-            raise RbdnbdError(message, error.errno or 0) from error
-        cluster = replace(cluster, log_file=path)
-        layout = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
-    elif daemon.in_background():
-        handler = SysLogHandler("/dev/log") if Path("/dev/log").exists() else logging.NullHandler()
-        layout = "rbdnbd[%(process)d]: %(message)s"
-    else:
-        handler, layout = logging.StreamHandler(), "rbdnbd: %(message)s"
-    logging.basicConfig(level=logging.INFO, handlers=[handler], format=layout, force=True)
-    sys.excepthook = _log_unhandled
-    threading.excepthook = lambda args: _log_unhandled(*args[:3])
-    return cluster
-
-
-def _log_unhandled(
-    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-) -> None:
-    """Keep the traceback of a defect of ours, also when stderr leads nowhere."""
-    log.critical("a defect in rbdnbd: %r", error, exc_info=(kind, error or kind(), trace))
-
-
-def _stats_rows(document: Mapping[str, Any]) -> list[list[str]]:
-    """Return one row for each command that a mapping has seen or is at."""
-    busy = Counter(request["command"] for request in document["in_flight"])
-    rows = []
-    for command, stats in document["stats"].items():
-        if stats["requests"] or busy[command]:
-            mean = stats["seconds"] / stats["requests"] * 1000 if stats["requests"] else 0.0
-            figures = [stats["requests"], stats["errors"], stats["bytes"], f"{mean:.3f}"]
-            rows.append([document["device"], command, *map(str, figures), str(busy[command])])
-    return rows
-
-
-def _print_table(rows: list[list[str]]) -> None:
-    """Print rows left-aligned, two blanks between columns as wide as their longest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())

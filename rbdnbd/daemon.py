@@ -83,16 +83,21 @@ def failed(message: str, errno: int) -> bool:
 
 
 def start(
-    arguments: Sequence[str], say: Callable[[str], None], seconds: float = START_SECONDS
+    arguments: Sequence[str],
+    say: Callable[[str], None],
+    seconds: float = START_SECONDS,
+    module: str = "rbdnbd",
 ) -> dict[str, str]:
-    """Run `rbdnbd ARGUMENTS` in the background and return the fields it reported when ready.
+    """Run a command of ours in the background and return the fields it reported when ready.
+
+    The command is that of `python3 -m MODULE ARGUMENTS`.
 
     `say` is told every few seconds what the child is waiting for. Raises `RbdnbdError` with the
     child's own sentence, or when it ends or is not ready after `seconds`; the child is gone then.
     """
     with _notify_socket() as (sock, address):
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rbdnbd", *arguments],
+            [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rbdnbd.errors import RbdnbdError, UsageError
+from rbdnbd.errors import DeviceBusy, UsageError
 
 SECTOR_SIZE = 512  # the unit of /sys/block/*/size, whatever the block size
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -53,7 +53,7 @@ class NbdDevices:
         pid = self._attribute(index, "pid")
         return None if pid is None else int(pid)
 
-    def busy(self, index: int) -> RbdnbdError:
+    def busy(self, index: int) -> DeviceBusy:
         """Return the refusal of a device that others have."""
         thread = self.connected(index)
         if thread is None:
@@ -63,7 +63,7 @@ class NbdDevices:
             process = re.search(r"^Tgid:\s*(\d+)$", status, re.MULTILINE)
             by = process[1] if process else thread
             message = f"{self.path(index)} is already in use (by process {by})"
-        return RbdnbdError(message, errno.EBUSY)
+        return DeviceBusy(message, errno.EBUSY)
 
     def backend(self, index: int) -> str | None:
         """Return the backend identifier, which only netlink and Linux 5.14 can give a device."""
@@ -72,6 +72,10 @@ class NbdDevices:
     def size(self, index: int) -> int:
         """Return the size in bytes, 0 for a free device or none."""
         return int(self._attribute(index, "size") or 0) * SECTOR_SIZE
+
+    def block_size(self, index: int) -> int:
+        """Return the size of a block in bytes; 512 for a device that does not exist."""
+        return int(self._attribute(index, "queue/logical_block_size") or SECTOR_SIZE)
 
     def queue(self, index: int) -> Path:
         """Return the directory of the block queue's settings."""

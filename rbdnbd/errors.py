@@ -37,6 +37,30 @@ class UsageError(RbdnbdError):
         super().__init__(message, errno.EINVAL)
 
 
+class NotMapped(RbdnbdError):
+    """Nothing is mapped to the device, or the image is mapped to none."""
+
+
+class NoProcess(RbdnbdError):
+    """The device is there, but no process of ours serves it."""
+
+
+class Busy(RbdnbdError):
+    """Somebody else has what is wanted."""
+
+
+class DeviceBusy(Busy):
+    """The device that is to be mapped to is in use."""
+
+
+class NoFreeDevice(RbdnbdError):
+    """Every device is in use."""
+
+
+class CookieMismatch(RbdnbdError):
+    """The device is not the mapping that the cookie is of."""
+
+
 class Interrupted(Exception):
     """A signal, `number`, came before the command was done."""
 

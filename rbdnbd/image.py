@@ -1,46 +1,58 @@
-"""RBD images through librbd: the only room that knows rados and rbd.
+"""RBD images through librbd: what the server reads and writes, and how it is opened and fenced.
 
 `RbdImage` is the server's `Image` on a real cluster. Every call blocks, releases the GIL while
-librbd works, and may be made from any thread. What librados and librbd raise is translated here,
-once: while opening, into an `RbdnbdError` that says in words what is missing; afterwards into the
-builtin `OSError` that the server puts on the wire (`rbd.OSError` is not one).
-
-The bindings come with Ceph (python3-rados, python3-rbd), not from PyPI, and are imported when they
-are needed first, so that everything else works without them.
+librbd works, and may be made from any thread. What librbd raises is translated here, once: while
+opening, into an `RbdnbdError` that says in words what is missing; afterwards into the builtin
+`OSError` that the server puts on the wire (`rbd.OSError` is not one).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
-from rbdnbd.errors import RbdnbdError
+from rbdnbd.cluster import blocklist, client_address, connect, open_pool
+from rbdnbd.cluster import default_pool as default_pool
+from rbdnbd.encryption import load_encryption
+from rbdnbd.errors import RbdnbdError, UsageError
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
 if TYPE_CHECKING:
     import rados
     import rbd
 
-MONITOR_SECONDS: Final = 30
-"""Time for a monitor to answer, unless the configuration says otherwise (client_mount_timeout)."""
-
-_CEPHS_MONITOR_SECONDS: Final = 300
 _AT_ONCE: Final = 1 << 30
 
 
 class RbdImage:
-    """One open RBD image; `open_image` makes and closes it."""
+    """One open RBD image; `open_image` makes and closes it.
 
-    def __init__(self, image: rbd.Image, spec: ImageSpec, *, read_only: bool) -> None:
+    `cluster` are the options that it was opened with, `image_id` what stays the same when it is
+    renamed, `address` this process's own as a client of the cluster, for a successor's `fence`.
+    """
+
+    def __init__(
+        self,
+        image: rbd.Image,
+        client: rados.Rados,
+        spec: ImageSpec,
+        cluster: ClusterOptions,
+        *,
+        read_only: bool,
+    ) -> None:
         import rbd
 
         self.spec = spec
+        self.cluster = cluster
         self.read_only = read_only
+        self.image_id = image.id()
+        self.address = client_address(client.get_addrs())
         self._image = image
+        self._client = client
         self._failure = rbd.Error
         self._thick = rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
 
@@ -95,6 +107,41 @@ class RbdImage:
         except self._failure as error:
             raise _as_oserror(error) from error
 
+    def lock(self) -> None:
+        """Take the exclusive lock and keep it until the image is closed: others' writes then fail.
+
+        A living client that does not keep its lock gives it up; a dead one's is waited for, up to
+        the time-out of its watch (30 s), unless `fence` has freed it. Raises `RbdnbdError`.
+        """
+        import rbd
+
+        try:
+            self._image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+        except self._failure as error:
+            number = getattr(error, "errno", None) or 0
+            why = self._why_not_locked(number)
+            raise RbdnbdError(f"failed to acquire exclusive lock: {why}", number) from error
+
+    def _why_not_locked(self, number: int) -> str:
+        if self.read_only:
+            return f"{self.spec} is opened read-only"
+        if not _lockable(self._image):
+            return f"{self.spec} has no feature exclusive-lock"
+        if number == errno.EROFS:
+            return f"another client keeps it ({', '.join(_owners(self._image)) or 'gone by now'})"
+        return os.strerror(number)
+
+
+def _lockable(image: rbd.Image) -> bool:
+    import rbd
+
+    return bool(image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK)
+
+
+def _owners(image: rbd.Image) -> list[str]:
+    """Return the addresses of the clients that hold the lock of a lockable image."""
+    return [each["owner"] for each in image.lock_get_owners()]
+
 
 def pieces(offset: int, length: int, at_once: int = _AT_ONCE) -> Iterator[tuple[int, int]]:
     """Cut a range into (offset, length) at the multiples of `at_once` bytes.
@@ -117,134 +164,76 @@ def _as_oserror(error: rbd.Error) -> OSError:
 
 @contextmanager
 def open_image(
-    spec: ImageSpec, options: ClusterOptions, *, read_only: bool, say: Callable[[str], None]
+    spec: ImageSpec,
+    options: ClusterOptions,
+    *,
+    read_only: bool,
+    say: Callable[[str], None],
+    exclusive: bool = False,
+    encryption: Sequence[tuple[str, str]] = (),
 ) -> Iterator[RbdImage]:
     """Connect to the cluster and open an image; at the end it is flushed and closed.
 
-    A snapshot is opened read-only. `say` is told what is being waited for. Raises `RbdnbdError`.
+    A snapshot is opened read-only. With `exclusive` the image is locked before anything else
+    (`RbdImage.lock`). `encryption` is a row of (format, passphrase file), the image's own first,
+    then its ancestors'. `say` is told what is being waited for. Raises `RbdnbdError`.
     """
+    if spec.snap and spec.snap_id is not None:
+        raise UsageError("use either snapname or snapid, not both")
     with ExitStack() as stack:
         say("connecting to the cluster")
-        client = _connect(options)
+        client = connect(options)
         stack.callback(client.shutdown)
         spec = spec.in_pool(client.conf_get("rbd_default_pool"))
-        read_only = read_only or bool(spec.snap)
+        read_only = read_only or bool(spec.snap) or spec.snap_id is not None
         say(f"opening {spec}")
-        ioctx = _open_pool(client, spec)
+        ioctx = open_pool(client, spec)
         stack.callback(ioctx.close)
         image = _open(ioctx, spec, options, read_only=read_only)
         stack.callback(_close, image, spec)
-        yield RbdImage(image, spec, read_only=read_only)
+        opened = RbdImage(image, client, spec, options, read_only=read_only)
+        if exclusive:
+            say(f"waiting for the exclusive lock of {spec}")
+            opened.lock()
+        if encryption:
+            say(f"loading the encryption of {spec}")
+            load_encryption(image, spec, encryption)
+        yield opened
 
 
-def default_pool(options: ClusterOptions) -> str:
-    """Return the pool of a spec that names none, without asking the cluster.
+def fence(image: RbdImage, address: str) -> None:
+    """Make sure that a dead client of this image, our own predecessor, can never write again.
 
-    A pool that is set in the monitors' own configuration only is not seen by this.
+    `address` is what its `RbdImage.address` was; no other client is touched. When this returns,
+    whatever it had sent either has been done or never will be, and a lock that it held is free: the
+    next write need not wait for its watch to time out. To do it again changes nothing. Any thread.
+    Raises `RbdnbdError`.
     """
-    return _client(options).conf_get("rbd_default_pool")
+    address = client_address(address)
+    if address == image.address:
+        raise RbdnbdError(f"{address} is this process itself, which is not to be fenced")
+    # To break the lock is to blocklist once more: at the same time, for a monitor makes about one
+    # new map a second (paxos_propose_interval).
+    with ThreadPoolExecutor(1) as breaking:
+        broken = breaking.submit(_break_lock, image, address)
+        blocklist(image._client, address)
+        broken.result()
 
 
-def _require_bindings() -> None:
+def _break_lock(image: RbdImage, address: str) -> None:
+    """Break the lock of an image that is open for writing, if the client at `address` has it."""
+    import rbd
+
+    handle = image._image
+    if image.read_only or not _lockable(handle):
+        return
     try:
-        import rados  # noqa: F401
-        import rbd  # noqa: F401
-    except ImportError as error:
-        message = (
-            f"Ceph's Python bindings are missing for {sys.executable} ({error}): install "
-            "python3-rados and python3-rbd, which come with Ceph, not from PyPI, and fit the "
-            "distribution's own Python only"
-        )
-        raise RbdnbdError(message, errno.ENOENT) from error
-
-
-def _client(options: ClusterOptions) -> rados.Rados:
-    """Return an unconnected cluster handle with its configuration read."""
-    _require_bindings()
-    import rados
-
-    try:
-        client = rados.Rados(
-            name=options.name, clustername=options.cluster, conf=options.overrides()
-        )
-    except rados.Error as error:
-        message = f"invalid client name {options.name!r}, expected TYPE.ID as in client.admin"
-        raise RbdnbdError(f"{message} ({error})", errno.EINVAL) from error
-    try:
-        client.conf_read_file(options.conf or None)
-    except rados.ObjectNotFound as error:
-        if options.conf or os.environ.get("CEPH_CONF"):
-            path = options.conf or os.environ["CEPH_CONF"]
-            raise RbdnbdError(f"cannot read {path}: it does not exist", errno.ENOENT) from error
-    except rados.Error as error:
-        path = options.conf or os.environ.get("CEPH_CONF") or "Ceph's configuration"
-        raise RbdnbdError(f"cannot read {path}: {error}", error.errno or 0) from error
-    if client.conf_get("client_mount_timeout") == str(_CEPHS_MONITOR_SECONDS):
-        client.conf_set("client_mount_timeout", str(MONITOR_SECONDS))
-    return client
-
-
-def _connect(options: ClusterOptions) -> rados.Rados:
-    client = _client(options)
-    import rados
-
-    try:
-        with _quiet_stderr():
-            client.connect()
-    except rados.Error as error:
-        number = getattr(error, "errno", None) or errno.EIO
-        raise RbdnbdError(_why_not_connected(client, options, number, error), number) from error
-    return client
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keep off stderr what librados prints there itself, whatever its options say.
-
-    It does so of monitors' names that cannot be resolved (MonMap::init_with_hosts and others). For
-    the time that it takes to connect, nobody else has anything to say there.
-    """
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
-
-
-def _why_not_connected(
-    client: rados.Rados, options: ClusterOptions, number: int, error: Exception
-) -> str:
-    """Say what a failed rados_connect is about, which its errno alone does not tell."""
-    mons = client.conf_get("mon_host")
-    if number == errno.ETIMEDOUT:
-        seconds = client.conf_get("client_mount_timeout")
-        return f"no monitor answered within {seconds} s (mon_host = {mons or 'from DNS'})"
-    if number == errno.ENOENT and not mons:
-        return "no monitor is known: there is no ceph.conf with mon_host and none was given (-m)"
-    if number == errno.ENOENT:
-        keyrings = [path for path in client.conf_get("keyring").split(",") if path]
-        return f"no key for {options.name} can be read from {' or '.join(keyrings)}"
-    if number in (errno.EACCES, errno.EPERM):
-        return f"the cluster refused {options.name}: it does not exist there or its key is wrong"
-    if number == errno.EINVAL:
-        return f"the monitors' addresses or the key cannot be read (mon_host = {mons}): {error}"
-    return f"cannot connect to the cluster as {options.name}: {error}"
-
-
-def _open_pool(client: rados.Rados, spec: ImageSpec) -> rados.Ioctx:
-    import rados
-
-    try:
-        ioctx = client.open_ioctx(spec.pool)
-    except rados.ObjectNotFound as error:
-        raise RbdnbdError(f"pool {spec.pool} does not exist", errno.ENOENT) from error
-    except rados.Error as error:
-        raise RbdnbdError(f"cannot open pool {spec.pool}: {error}", error.errno or 0) from error
-    ioctx.set_namespace(spec.namespace)
-    return ioctx
+        if address in _owners(handle):
+            handle.lock_break(rbd.RBD_LOCK_MODE_EXCLUSIVE, address)
+    except rbd.Error as error:
+        if address in _owners(handle):  # and nobody else has been quicker
+            message = f"cannot break the lock that {address} has on {image.spec}: {error}"
+            raise RbdnbdError(message, getattr(error, "errno", None) or 0) from error
 
 
 def _open(
@@ -253,7 +242,14 @@ def _open(
     import rbd
 
     try:
-        return rbd.Image(ioctx, spec.image, snapshot=spec.snap or None, read_only=read_only)
+        image = rbd.Image(ioctx, spec.image, snapshot=spec.snap or None, read_only=read_only)
+        if spec.snap_id is not None:
+            try:
+                image.set_snap_by_id(spec.snap_id)
+            except rbd.Error:
+                image.close()
+                raise
+        return image
     except rbd.ImageNotFound as error:
         try:
             message = _why_not_found(ioctx, spec)
@@ -291,10 +287,11 @@ def _why_not_found(ioctx: rados.Ioctx, spec: ImageSpec) -> str:
             return f"namespace {namespace} does not exist in pool {pool}"
         ioctx.set_namespace(namespace)
     image = ImageSpec(spec.pool, spec.namespace, spec.image)
-    if spec.snap:
+    if spec.snap or spec.snap_id is not None:
         try:
             rbd.Image(ioctx, spec.image, read_only=True).close()
         except rbd.ImageNotFound:
             return f"image {image} does not exist"
-        return f"image {image} has no snapshot {spec.snap}"
+        which = spec.snap or f"with the id {spec.snap_id}"
+        return f"image {image} has no snapshot {which}"
     return f"image {image} does not exist"

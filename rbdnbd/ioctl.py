@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -96,14 +96,22 @@ class NbdIoctls:
             undo.pop_all()
         return thread
 
+    def resize(self, fd: int, blocks: int) -> None:
+        """Give a device a new size, in blocks of its own; EINVAL: it is attached by netlink."""
+        self.ioctl(fd, NBD_SET_SIZE_BLOCKS, blocks)
+
     def disconnect(self, fd: int) -> None:
         """Send the server a DISC and take the sockets away; allowed on every nbd device."""
         self.ioctl(fd, NBD_DISCONNECT, 0)
         self.ioctl(fd, NBD_CLEAR_SOCK, 0)
 
-    def start_flush(self, fd: int) -> Flush:
-        """Start to write out what is cached, of a mounted filesystem too, and flush the server."""
-        thread = Flush(self.ioctl, fd)
+    def start_flush(self, opening: AbstractContextManager[int]) -> Flush:
+        """Start to write out what is cached, of a mounted filesystem too, and flush the server.
+
+        The device is opened by the thread, too: after a resize that looks for partitions, and waits
+        for a server.
+        """
+        thread = Flush(self.ioctl, opening)
         thread.start()
         return thread
 
@@ -140,14 +148,17 @@ class DoIt(threading.Thread):
 class Flush(threading.Thread):
     """A thread that flushes a device, for a caller who may not want to wait for the end."""
 
-    def __init__(self, ioctl: Callable[[int, int, int], None], fd: int) -> None:
+    def __init__(
+        self, ioctl: Callable[[int, int, int], None], opening: AbstractContextManager[int]
+    ) -> None:
         super().__init__(name="flush", daemon=True)
-        self._ioctl, self._fd = ioctl, fd
+        self._ioctl, self._opening = ioctl, opening
         self.error: OSError | None = None
 
     def run(self) -> None:
         try:
-            self._ioctl(self._fd, BLKFLSBUF, 0)
-            os.fsync(self._fd)
+            with self._opening as fd:
+                self._ioctl(fd, BLKFLSBUF, 0)
+                os.fsync(fd)
         except OSError as error:
             self.error = error

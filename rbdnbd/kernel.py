@@ -1,54 +1,51 @@
-"""The life of a block device: attach a socket to /dev/nbdN, claim it, release it.
+"""The life of a block device: attach a socket to /dev/nbdN, give it another server, resize it.
 
 A socket is attached by netlink where the kernel's family "nbd" exists (a device that lives on its
 own), else by ioctl (a device that lives as long as a thread of ours). Either way the kernel sends
 its first request when someone opens the device, which `attach` does, because that is when
 partitions are looked for: the other end of the socket must be answered by then.
 
-A device is free when it was disconnected and its last opener has closed it. Since the driver
-disconnects whatever it is told to, `release` first claims the device (O_EXCL, which the kernel
-refuses while it is mounted, a swap area, or part of a dm or md device) and flushes it.
+A device that was attached by netlink outlives its server: to leave it, close the server's end of
+the socket and do not call `disconnect`. What is asked of it then waits for `reattach`, as long as
+the reattach timeout allows, and fails with EIO afterwards; the device stays, and can even then be
+attached again or released. What the server had been sent and had not answered waits for a timer
+(`blockqueue.expect_successor`) that finds a successor, or for a disconnect, which fails it.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
+import select
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
-from rbdnbd.devices import NbdDevices
-from rbdnbd.errors import RbdnbdError
-from rbdnbd.ioctl import DoIt, Flush, NbdIoctls, open_device, opened
+from rbdnbd.errors import Busy, CookieMismatch, NoFreeDevice, NotMapped, RbdnbdError
+from rbdnbd.ioctl import DoIt, opened
 from rbdnbd.modprobe import load_driver
-from rbdnbd.netlink import Connect, FamilyNotFoundError, NbdFamily
+from rbdnbd.netlink import Connect, NbdFamily, Reconfigure
+from rbdnbd.release import POLL_INTERVAL, RELEASE_LIMIT, Releaser, refusal, wait_until
 
 log = logging.getLogger(__name__)
 
 # All in seconds.
 LIVE_LIMIT: Final = 10.0  # for an attached device to show its pid and size
 BUSY_LIMIT: Final = 5.0  # for whoever has a free device open, udev after an unmap for one
-RELEASE_LIMIT: Final = 30.0  # for the last opener of a disconnected device to go
-_POLL_INTERVAL: Final = 0.02
+REATTACH_PAUSES: Final = (0.0, 0.02, 0.08)
+"""For the kernel to see that the last server has gone, which a thread of its own finds out."""
 
 
-class NbdDriver:
+class NbdDriver(Releaser):
     """The kernel's nbd driver; every method may be called from any thread but a server's own."""
 
-    def __init__(
-        self,
-        devices: NbdDevices | None = None,
-        ioctls: NbdIoctls | None = None,
-        open_family: Callable[[], NbdFamily] = NbdFamily,
-    ) -> None:
-        self.devices = devices or NbdDevices()
-        self._ioctls = ioctls or NbdIoctls()
-        self._open_family = open_family
+    def load(self, nbds_max: int | None = None, max_part: int | None = None) -> bool:
+        """Load the driver, before anything else is done; False when it is there already.
+
+        The parameters, and what may be raised, are those of `modprobe.load_driver`.
+        """
+        return load_driver(self.devices, nbds_max=nbds_max, max_part=max_part)
 
     def attach(
         self,
@@ -59,6 +56,7 @@ class NbdDriver:
         flags: int,
         device: str | None = None,
         timeout: int | None = None,
+        reattach_timeout: int | None = None,
         cookie: str | None = None,
         use_ioctl: bool = False,
     ) -> Attachment:
@@ -66,9 +64,11 @@ class NbdDriver:
 
         `size` and `block_size` are bytes (a block: 512, 1024, 2048 or 4096; the rest of `size`
         beyond whole blocks is out of reach), `flags` the transmission flags, `timeout` seconds for
-        a request (None or 0: for ever), `cookie` the backend identifier, which ioctl cannot give.
-        Without `device`, as in "/dev/nbd0", a free one is taken. `sock` is closed in any case, or
-        the server would never see its end. Errors: RbdnbdError, and the device is free again.
+        a request (None or 0: for ever). Without `device`, as in "/dev/nbd0", a free one is taken.
+        Netlink only: `reattach_timeout`, seconds for which requests wait for another server when
+        this one has gone (None or 0: they fail at once), and `cookie`, the backend identifier.
+        `sock` is closed in any case, or the server would never see its end.
+        Errors: RbdnbdError, and the device is free again.
         """
         with sock:
             connect = Connect(
@@ -78,64 +78,90 @@ class NbdDriver:
                 flags=flags,
                 index=None if device is None else self.devices.index(device),
                 timeout=timeout,
+                dead_conn_timeout=reattach_timeout,
                 backend_identifier=cookie,
             )
-            load_driver(self.devices)
             try:
                 attachment = self._connect(connect, use_ioctl=use_ioctl)
                 self._bring_to_life(attachment, connect.size)
             except OSError as error:
-                raise _refusal(f"attach {device or 'an nbd device'}", error) from error
+                raise refusal(f"attach {device or 'an nbd device'}", error) from error
         return attachment
 
-    @contextmanager
-    def claim(self, index: int) -> Iterator[int]:
-        """Hold the device for this process alone; yield its descriptor.
+    def reattach(
+        self,
+        index: int,
+        sock: socket.socket,
+        *,
+        size: int,
+        timeout: int | None,
+        reattach_timeout: int | None,
+        cookie: str,
+    ) -> Attachment:
+        """Give a device whose server has gone another one; its requests go on at once or soon.
 
-        Errors: RbdnbdError; with EBUSY it says who holds the device and what to do.
+        Block size, transmission flags and read-only state stay what `attach` made them, and so does
+        a timeout that is None. `size` in bytes, both timeouts in seconds; `cookie` must be the
+        device's own. `sock` is closed in any case; its other end must be answered already.
+        Requests that wait to be sent go on at once. Those that the last server had been sent and
+        has not answered are sent again when their timers run out; it may have performed them. A
+        server that shuts down only its reading (SHUT_RD) can still read what it was sent, but
+        answers no more: the kernel's next request fails with EPIPE, and the driver then shuts down
+        its own end both ways (nbd_mark_nsock_dead). Seen on 6.1.
+        Errors: RbdnbdError, and the device is as it was: not attached, or by ioctl, another cookie,
+        or a server that lives.
         """
-        device = self.devices.path(index)
-        try:
-            fd = open_device(device, os.O_EXCL)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise _refusal(f"open {device}", error) from error
-            holder = self.devices.holder(index) or (
-                f"{device} is in use by another process or mount namespace: end that first"
+        with sock:
+            self._check_cookie(index, cookie)
+            attachment = Attachment(self, index)
+            request = Reconfigure(
+                index=index,
+                backend_identifier=cookie,
+                sockets=(sock.fileno(),),
+                timeout=timeout,
+                dead_conn_timeout=reattach_timeout,
             )
-            raise RbdnbdError(f"{holder}, or use --force", errno.EBUSY) from error
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+            self._hand_over(request, sock)
+        attachment.resize(size)
+        return attachment
 
-    def release(self, index: int, *, force: bool = False, flush_limit: float | None = None) -> None:
-        """Claim a device, flush it, disconnect it, and return when it is free.
-
-        With `force` neither a holder nor a flush that fails, or takes more than `flush_limit`
-        seconds, is an obstacle; a device that is held then is disconnected but not free yet, which
-        is logged. Errors: RbdnbdError, with ENODEV for a device that is free.
-        """
-        device = self.devices.path(index)
+    def _check_cookie(self, index: int, cookie: str) -> None:
+        """Raise unless a device is attached, and has been by netlink, with this cookie."""
+        device, found = self.devices.path(index), self.devices.backend(index)
         if self.devices.connected(index) is None:
-            raise RbdnbdError(f"{device} is not attached", errno.ENODEV)
-        try:
-            with opened(device) if force else self.claim(index) as fd:
-                flush = self._flush(fd, device, flush_limit, force=force)
-                self._disconnect(index)
-                flush.join()
-        except OSError as error:
-            raise _refusal(f"release {device}", error) from error
-        self._await_free(index, force=force)
+            raise NotMapped(f"{device} is not attached", errno.ENODEV)
+        if found is None:
+            message = f"{device} has no cookie: only what netlink attached can be attached again"
+            raise RbdnbdError(message, errno.EINVAL)
+        if found != cookie:
+            raise CookieMismatch(f"cookie mismatch: {device} has another one", errno.EINVAL)
 
-    def _family(self) -> NbdFamily | None:
+    def _hand_over(self, request: Reconfigure, sock: socket.socket) -> None:
+        """Send RECONFIGURE and close the socket; raise unless the kernel has taken it.
+
+        The kernel takes it once it has noticed that the last server is gone, and says nothing if
+        it has not yet. Sent again it does nothing to a device that has taken it. What it has taken
+        stays registered when we close it (epoll(7), question 6).
+        Source: nbd_reconnect_socket (ENOSPC), nbd_genl_reconfigure, Linux 6.1.
+        """
+        device, family = self.devices.path(request.index), self.family()
+        if family is None:
+            raise RbdnbdError(f"cannot attach {device} again: the kernel has no netlink for nbd")
         try:
-            return self._open_family()
-        except FamilyNotFoundError:
-            return None
+            with family, select.epoll() as watch:
+                watch.register(sock, select.EPOLLOUT)
+                for pause in REATTACH_PAUSES:
+                    time.sleep(pause)
+                    family.reconfigure(request)
+                sock.close()
+                watched = Path(f"/proc/self/fdinfo/{watch.fileno()}").read_text()
+        except OSError as error:
+            raise refusal(f"attach {device} again", error) from error
+        if "tfd:" not in watched:
+            raise Busy(f"{device} still has a server: end that first", errno.EBUSY)
 
     def _connect(self, connect: Connect, *, use_ioctl: bool) -> Attachment:
-        family = None if use_ioctl else self._family()
+        family = None if use_ioctl else self.family()
         if family is None:
             return self._attach_by_ioctl(connect)
         with family:
@@ -153,7 +179,7 @@ class NbdDriver:
                 taken = self.devices.connected(connect.index) is not None
                 if taken or time.monotonic() > deadline:
                     raise self.devices.busy(connect.index) from error
-            time.sleep(_POLL_INTERVAL)
+            time.sleep(POLL_INTERVAL)
 
     def _attach_by_ioctl(self, connect: Connect) -> Attachment:
         """Try the device that is asked for, or all in turn, and take the first that is free."""
@@ -162,7 +188,7 @@ class NbdDriver:
             if self.devices.connected(index) is not None:
                 continue
             try:
-                do_it = self._ioctls.attach(self.devices.path(index), connect)
+                do_it = self.ioctls.attach(self.devices.path(index), connect)
                 return Attachment(self, index, do_it)
             except OSError as error:
                 # Someone else was faster: by ioctl (EBUSY), or by netlink (EINVAL).
@@ -171,7 +197,7 @@ class NbdDriver:
         if connect.index is not None:
             raise self.devices.busy(connect.index)
         message = f"no free nbd device: all {len(indexes)} are in use"
-        raise RbdnbdError(f"{message} (the nbd module's nbds_max sets how many)", errno.EBUSY)
+        raise NoFreeDevice(f"{message} (the nbd module's nbds_max sets how many)", errno.EBUSY)
 
     def _bring_to_life(self, attachment: Attachment, size: int) -> None:
         """Wait for pid and size, then open the device once for its partitions."""
@@ -186,48 +212,12 @@ class NbdDriver:
                 message = f"{attachment.device} did not come to life"
                 raise attachment.error() or RbdnbdError(message, errno.EIO)
             with opened(self.devices.path(index)) as fd:
-                self._ioctls.clear_read_only(fd)
+                self.ioctls.clear_read_only(fd)
         except BaseException:
             if not attachment.released():
-                self._disconnect(index)
+                self.disconnect(index)
                 wait_until(lambda: self.devices.connected(index) is None, RELEASE_LIMIT)
             raise
-
-    def _disconnect(self, index: int) -> None:
-        """Take the sockets away from a device, in whichever way it was attached.
-
-        Netlink does that to both kinds and wakes up waiting requests, and so do the ioctls, which
-        are allowed on both. Source: nbd_disconnect_and_put, nbd_ioctl; seen on 6.1 and 6.12.
-        """
-        family = self._family()
-        if family is not None:
-            with family:
-                family.disconnect(index)
-            return
-        with opened(self.devices.path(index)) as fd:
-            self._ioctls.disconnect(fd)
-
-    def _flush(self, fd: int, device: Path, limit: float | None, *, force: bool) -> Flush:
-        """Flush; a forced release goes on without. The disconnect then ends what is left of it."""
-        flush = self._ioctls.start_flush(fd)
-        flush.join(limit)
-        if flush.error and not force:
-            message = f"cannot flush {device}: {flush.error.strerror}"
-            advice = "--force gives up what is not written yet"
-            raise RbdnbdError(f"{message} ({advice})", flush.error.errno or errno.EIO)
-        if flush.error or flush.is_alive():
-            log.warning("%s is disconnected before all of it was written", device)
-        return flush
-
-    def _await_free(self, index: int, *, force: bool) -> None:
-        """Wait for the last opener to go, unless force has left one that will stay."""
-        device = self.devices.path(index)
-        holder = self.devices.holder(index) if force else None
-        if holder is not None:
-            log.warning("%s is disconnected but not free: %s", device, holder)
-        elif not wait_until(lambda: self.devices.connected(index) is None, RELEASE_LIMIT):
-            message = f"{device} is disconnected but not free: another process has it open"
-            raise RbdnbdError(message, errno.EBUSY)
 
 
 class Attachment:
@@ -239,13 +229,17 @@ class Attachment:
         self.method: Literal["netlink", "ioctl"] = "ioctl" if do_it else "netlink"
         self._driver = driver
         self._do_it = do_it
-        self._pid = driver.devices.connected(index)
+        self._identity = self._seen()
 
     def released(self) -> bool:
-        """Tell whether the device is free, or somebody else's by now."""
+        """Tell whether the device is free, or somebody else's by now.
+
+        It is ours as long as it has the pid and the cookie that it had when it became ours: the pid
+        is then a predecessor's, perhaps, but every CONNECT writes a new one.
+        """
         if self._do_it is not None:
             return not self._do_it.is_alive()
-        return self._driver.devices.connected(self.index) != self._pid
+        return self._seen() != self._identity
 
     def error(self) -> OSError | None:
         """Return what NBD_DO_IT failed with, if it did."""
@@ -254,6 +248,26 @@ class Attachment:
     def wait_released(self, timeout: float) -> bool:
         """Wait for at most `timeout` seconds until `released`; return whether it is."""
         return wait_until(self.released, timeout)
+
+    def resize(self, size: int) -> None:
+        """Give the device a new size in bytes, less what is beyond whole blocks, in use or not.
+
+        The kernel may wait until every request in flight is answered: call this from a thread that
+        answers none. Errors: RbdnbdError, with ENODEV for a device that is released.
+        Source: nbd_set_size, Linux 6.1; it waits in 6.12 (queue_limits_commit_update_frozen).
+        """
+        devices, index = self._driver.devices, self.index
+        if self.released():
+            raise NotMapped(f"{self.device} is not attached", errno.ENODEV)
+        block_size = devices.block_size(index)
+        whole = size - size % block_size
+        if devices.size(index) == whole:
+            return
+        try:
+            self._set_size(whole, block_size)
+        except OSError as error:
+            raise refusal(f"resize {self.device}", error) from error
+        log.info("%s has %d bytes now", self.device, whole)
 
     def disconnect(self, flush_limit: float | None = None) -> None:
         """Release the device if it is still ours, in use or not.
@@ -267,20 +281,16 @@ class Attachment:
             if error.errno != errno.ENODEV:  # somebody else has just released it
                 raise
 
+    def _seen(self) -> tuple[int | None, str | None]:
+        devices = self._driver.devices
+        return devices.connected(self.index), devices.backend(self.index)
 
-def wait_until(condition: Callable[[], bool], limit: float) -> bool:
-    """Poll until `condition` holds or `limit` seconds are over; return whether it holds."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_INTERVAL)
-    return True
-
-
-def _refusal(deed: str, error: OSError) -> RbdnbdError:
-    """Say why the system refuses to do something."""
-    number = error.errno or errno.EIO
-    if number in (errno.EPERM, errno.EACCES):
-        return RbdnbdError(f"cannot {deed}: this needs root (CAP_SYS_ADMIN)", number)
-    return RbdnbdError(f"cannot {deed}: {error.strerror or error}", number)
+    def _set_size(self, size: int, block_size: int) -> None:
+        family = self._driver.family() if self._do_it is None else None
+        if family is None:
+            with opened(self._driver.devices.path(self.index)) as fd:
+                self._driver.ioctls.resize(fd, size // block_size)
+            return
+        with family:
+            cookie = self._driver.devices.backend(self.index)
+            family.reconfigure(Reconfigure(index=self.index, backend_identifier=cookie, size=size))

@@ -1,11 +1,14 @@
 """What is mapped on this host, and how to end it: the commands that speak of other processes.
 
 A mapping is what its own process says it is, over its control socket, as long as the kernel still
-has the device connected; neither alone is believed.
+has the device connected; neither alone is believed. A device whose process is gone is known by the
+record that its cookie leads to.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,15 +16,18 @@ from pathlib import Path
 from typing import Final
 
 from rbdnbd import daemon
+from rbdnbd.cluster import default_pool
 from rbdnbd.control import RUN_DIR, Document, mappings
 from rbdnbd.devices import NbdDevices
-from rbdnbd.errors import RbdnbdError
-from rbdnbd.image import default_pool
+from rbdnbd.errors import NoProcess, NotMapped, RbdnbdError
 from rbdnbd.kernel import NbdDriver
+from rbdnbd.record import Ownership, Record, find, owned
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
+Say = Callable[[str], None]
+
 EXIT_SECONDS: Final = 120.0
-"""Time for an unmapped image's process to answer, flush and close."""
+"""Time for an unmapped or detached image's process to answer, flush and close."""
 FORCED_FLUSH_SECONDS: Final = 10.0
 """Time for a device that is taken by force to write what is not written yet."""
 _SAY_AFTER: Final = 3.0
@@ -32,6 +38,91 @@ def mapped(devices: NbdDevices, run_dir: Path = RUN_DIR) -> list[Document]:
     return [document for document in mappings(run_dir) if _has_device(document, devices)]
 
 
+def on_device(index: int, devices: NbdDevices, run_dir: Path = RUN_DIR) -> Document | None:
+    """Return the document of the live mapping that has a device."""
+    device = str(devices.path(index))
+    found = [each for each in mapped(devices, run_dir) if each["device"] == device]
+    return found[0] if found else None
+
+
+def orphan(index: int, devices: NbdDevices, run_dir: Path = RUN_DIR) -> Record | None:
+    """Return the record of a device that a process of ours has left, or was killed on."""
+    cookie = devices.backend(index) if devices.connected(index) is not None else None
+    if cookie is None or owned(cookie, run_dir):
+        return None
+    return find(cookie, run_dir)
+
+
+def spec_of(document: Document) -> ImageSpec:
+    """Return the image that a mapping is of."""
+    parts = ("pool", "namespace", "image", "snap", "snap_id")
+    return ImageSpec(*(document[part] for part in parts))
+
+
+def unmap(
+    target: str | ImageSpec,
+    cluster: ClusterOptions,
+    *,
+    force: bool,
+    say: Say,
+    driver: NbdDriver,
+    run_dir: Path = RUN_DIR,
+) -> None:
+    """End the mapping of a device or image; return when the device is free and its process gone.
+
+    Without `force` a device that is mounted or otherwise held is refused. `say` is told what takes
+    long. Raises `RbdnbdError`.
+    """
+    index = _index_of(target, cluster, driver.devices, run_dir)
+    document, record = _whose(index, driver.devices, run_dir, anyones=force)
+    with ExitStack() as stack:
+        if document:
+            gone = stack.enter_context(daemon.watching(document["id"]))
+        slow = threading.Timer(
+            _SAY_AFTER, say, [f"writing out what {driver.devices.path(index)} caches"]
+        )
+        slow.start()
+        stack.callback(slow.cancel)
+        limit = FORCED_FLUSH_SECONDS if force else None
+        if record:
+            limit = 0.0  # nobody is there to write to
+        driver.release(index, force=force, flush_limit=limit)
+        slow.cancel()
+        if record:
+            Ownership(record.cookie, run_dir).remove()
+        if document:
+            _await_exit(document, gone, say, "is free")
+
+
+def detach(
+    target: str | ImageSpec,
+    cluster: ClusterOptions,
+    *,
+    say: Say,
+    driver: NbdDriver,
+    run_dir: Path = RUN_DIR,
+) -> None:
+    """End the process of a mapping in good order and leave the device to a successor.
+
+    The kernel keeps what is asked of the device, for as long as `reattach_timeout` said when it was
+    mapped. Returns when the process is gone. Raises `RbdnbdError`.
+    """
+    devices = driver.devices
+    index = _index_of(target, cluster, devices, run_dir)
+    document = on_device(index, devices, run_dir)
+    if document is None:
+        raise NoProcess(f"no process attached to {devices.path(index)} found")
+    if document["attached_by"] != "netlink":
+        raise RbdnbdError(
+            f"{document['device']} was attached by ioctl, which ends with its process"
+        )
+    if not document["reattach_timeout"]:
+        raise RbdnbdError(f"{document['device']} does not wait for a successor: unmap it")
+    with daemon.watching(document["id"]) as gone:
+        os.kill(document["id"], signal.SIGTERM)
+        _await_exit(document, gone, say, "waits for a successor")
+
+
 def _has_device(document: Document, devices: NbdDevices) -> bool:
     """Tell whether a mapping still has its device, which may be a successor's by now."""
     index = devices.index(document["device"])
@@ -39,46 +130,8 @@ def _has_device(document: Document, devices: NbdDevices) -> bool:
     return devices.connected(index) is not None and cookie in (None, document["cookie"])
 
 
-def spec_of(document: Document) -> ImageSpec:
-    """Return the image that a mapping is of."""
-    return ImageSpec(document["pool"], document["namespace"], document["image"], document["snap"])
-
-
-def unmap(
-    target: str,
-    cluster: ClusterOptions,
-    *,
-    force: bool,
-    say: Callable[[str], None],
-    driver: NbdDriver,
-    run_dir: Path = RUN_DIR,
-) -> None:
-    """End the mapping of a device or an image; return when the device is free and its process gone.
-
-    Without `force` a device that is mounted or otherwise held is refused. `say` is told what takes
-    long. Raises `RbdnbdError`.
-    """
-    devices = driver.devices
-    if target.startswith(f"{devices.dev}/"):
-        index = devices.index(target)
-        document = _on_device(index, driver, force=force, run_dir=run_dir)
-    else:
-        document = _of_image(target, cluster, devices, run_dir)
-        index = devices.index(document["device"])
-    with ExitStack() as stack:
-        if document:
-            gone = stack.enter_context(daemon.watching(document["id"]))
-        slow = threading.Timer(_SAY_AFTER, say, [f"writing out what {devices.path(index)} caches"])
-        slow.start()
-        stack.callback(slow.cancel)
-        driver.release(index, force=force, flush_limit=FORCED_FLUSH_SECONDS if force else None)
-        slow.cancel()
-        if document:
-            _await_exit(document, gone, say)
-
-
 def _await_exit(
-    document: Document, gone: Callable[[float], bool], say: Callable[[str], None]
+    document: Document, gone: Callable[[float], bool], say: Say, state_of_device: str
 ) -> None:
     if gone(_SAY_AFTER):
         return
@@ -86,36 +139,52 @@ def _await_exit(
     say(f"waiting for process {pid} to flush and close {spec}")
     if not gone(EXIT_SECONDS):
         raise RbdnbdError(
-            f"{document['device']} is free, but after {EXIT_SECONDS:.0f} s process {pid} still "
-            f"has {spec} open (are the OSDs up?)"
+            f"{document['device']} {state_of_device}, but after {EXIT_SECONDS:.0f} s process {pid} "
+            f"still has {spec} open (are the OSDs up?)"
         )
 
 
-def _on_device(index: int, driver: NbdDriver, *, force: bool, run_dir: Path) -> Document | None:
-    devices = driver.devices
-    device = str(devices.path(index))
-    pid = devices.connected(index)
+def _index_of(
+    target: str | ImageSpec, cluster: ClusterOptions, devices: NbdDevices, run_dir: Path
+) -> int:
+    """Return the number of the device that a device path or an image's name stands for."""
+    if isinstance(target, str) and target.startswith(f"{devices.dev}/"):
+        return devices.index(target)
+    spec = ImageSpec.parse(target) if isinstance(target, str) else target
+    if not spec.pool:
+        spec = spec.in_pool(default_pool(cluster))
+    living = {
+        devices.index(each["device"]) for each in mapped(devices, run_dir) if spec_of(each) == spec
+    }
+    left = {
+        index
+        for index in devices.indexes()
+        if (record := orphan(index, devices, run_dir)) and record.spec == spec
+    }
+    found = sorted(living | left)
+    shown = str(spec) if spec.snap_id is None else f"{spec}@{spec.snap_id}"
+    if not found:
+        raise NotMapped(f"{shown} is not mapped")
+    if len(found) > 1:
+        names = " and ".join(str(devices.path(index)) for index in found)
+        raise RbdnbdError(f"{shown} is mapped to {names}: name the device")
+    return found[0]
+
+
+def _whose(
+    index: int, devices: NbdDevices, run_dir: Path, *, anyones: bool
+) -> tuple[Document | None, Record | None]:
+    """Return the live mapping of a device, or the record of a dead one's; refuse a stranger's."""
+    device, pid = devices.path(index), devices.connected(index)
     if pid is None:
-        raise RbdnbdError(f"{device} is not mapped")
-    for document in mapped(devices, run_dir):
-        if document["device"] == device:
-            return document
-    if force:
-        return None
+        raise NotMapped(f"{device} is not mapped")
+    if document := on_device(index, devices, run_dir):
+        return document, None
+    if record := orphan(index, devices, run_dir):
+        return None, record
+    if anyones:
+        return None, None
     raise RbdnbdError(
         f"{device} is connected, but no rbdnbd process answers for it (process {pid} attached "
         "it): --force disconnects it all the same"
     )
-
-
-def _of_image(target: str, cluster: ClusterOptions, devices: NbdDevices, run_dir: Path) -> Document:
-    spec = ImageSpec.parse(target)
-    if not spec.pool:
-        spec = spec.in_pool(default_pool(cluster))
-    found = [document for document in mapped(devices, run_dir) if spec_of(document) == spec]
-    if not found:
-        raise RbdnbdError(f"{spec} is not mapped")
-    if len(found) > 1:
-        names = " and ".join(document["device"] for document in found)
-        raise RbdnbdError(f"{spec} is mapped to {names}: name the device")
-    return found[0]

@@ -1,226 +1,165 @@
-"""The life of one mapping or server, from opening the image to closing it.
+"""Map an image to a device, or attach it to the device of a process that is gone.
 
-Everything is put together here, and taken apart in reverse: image, connection, device, control
-socket. To stop is to write out the device's page cache, to disconnect it, which makes the kernel
-send NBD_CMD_DISC, to answer what was read before that, and to flush and close the image, so that
-neither a lock nor a watcher is left behind.
+Both end in the same life (`rbdnbd.live`); they differ in how the device is had. A map takes a free
+one. An attach takes over one that the kernel has kept for its cookie: it makes sure that the image
+is the one that the device is of, and that the last process can write no more, before the first
+request is served.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import socket
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Final
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from rbdnbd import daemon
-from rbdnbd.blockqueue import tune
-from rbdnbd.control import Control, Document
-from rbdnbd.errors import RbdnbdError
-from rbdnbd.image import RbdImage, open_image
+from rbdnbd.control import RUN_DIR
+from rbdnbd.devices import NbdDevices
+from rbdnbd.errors import Busy, CookieMismatch, NotMapped, RbdnbdError
+from rbdnbd.image import RbdImage, fence
 from rbdnbd.kernel import Attachment, NbdDriver
 from rbdnbd.life import Life
-from rbdnbd.listener import Listener
-from rbdnbd.server import Connection
-from rbdnbd.spec import ClusterOptions, ImageSpec
-from rbdnbd.wire import Export, transmission_flags
+from rbdnbd.live import Bind, Fate, Ready, live, opened
+from rbdnbd.mapped import detach, on_device
+from rbdnbd.record import Ownership, Record, find
+from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
+from rbdnbd.wire import Export
 
 log = logging.getLogger(__name__)
-
-DRAIN_SECONDS: Final = 30.0
-"""Time for clients to take the replies that are owed to them when a server stops."""
-_RELEASE_SECONDS: Final = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MapOptions:
-    """What `rbdnbd map` was asked for: `block_size` in bytes, `io_timeout` in seconds."""
-
-    read_only: bool = False
-    device: str | None = None
-    block_size: int = 512
-    io_timeout: int | None = None
-    use_ioctl: bool = False
 
 
 def run_mapping(
     spec: ImageSpec,
     cluster: ClusterOptions,
     options: MapOptions,
-    ready: Callable[[str], None],
+    ready: Ready,
+    run_dir: Path = RUN_DIR,
 ) -> None:
-    """Map an image, tell `ready` its device once it is live, and return when it is unmapped.
+    """Map an image, tell `ready` once the device is live, and return when it is released.
 
     Main thread. Raises `RbdnbdError` and `Interrupted`, with everything undone.
     """
     life = Life()
+    driver = NbdDriver()
+    options = replace(options, cookie=options.cookie or str(uuid.uuid4()))
     with ExitStack() as stack:
-        image = _opened(stack, spec, cluster, life, read_only=options.read_only)
-        flags = transmission_flags(read_only=image.read_only)
-        export = Export(str(image.spec), image.size(), flags)
-        attachment = _attached(stack, image, export, options, life)
-        ready(attachment.device)
-        _await_end(life, f"{image.spec} on {attachment.device}")
+        driver.load(options.nbds_max, options.max_part)
+        fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
+        fate.device_is_ours()
+        image = opened(stack, life, spec, cluster, options)
+        fate.record(image, cluster, options)
+        live(stack, life, fate, image, options, _attaching(driver, options), ready)
 
 
-def run_server(
-    spec: ImageSpec,
+def run_attach(
+    spec: ImageSpec | None,
     cluster: ClusterOptions,
-    listen: Callable[[], AbstractContextManager[socket.socket]],
-    ready: Callable[[socket.socket, str], None],
+    options: MapOptions,
+    ready: Ready,
+    run_dir: Path = RUN_DIR,
     *,
-    read_only: bool,
+    take_from_living: bool = False,
 ) -> None:
-    """Serve an image to NBD clients on the socket that `listen` opens, until a signal comes.
+    """Serve a device, `options.device`, whose process is gone, until it is released or detached.
 
-    `ready` is told the socket and the export's name. Main thread. Raises as `run_mapping` does.
+    Without `spec`, all is as the device's record says. A predecessor that was killed is fenced; one
+    that lives is refused, or, with `take_from_living`, ended when our image is open (before that if
+    it keeps a lock), so that the device waits for a moment only. Main thread. Raises as
+    `run_mapping` does; the device is left as it was.
     """
     life = Life()
-    with ExitStack() as stack:
-        image = _opened(stack, spec, cluster, life, read_only=read_only)
-        flags = transmission_flags(read_only=image.read_only, multi_conn=True)
-        export = Export(str(image.spec), image.size(), flags)
-        sock = stack.enter_context(listen())
-        listener = Listener(sock, image, export)
-        listener.start()
-        stack.callback(listener.stop, DRAIN_SECONDS)
-        log.info("%s is served on %s", image.spec, sock.getsockname())
-        ready(sock, export.name)
-        _await_end(life, str(image.spec))
-
-
-def _opened(
-    stack: ExitStack, spec: ImageSpec, cluster: ClusterOptions, life: Life, *, read_only: bool
-) -> RbdImage:
-    """Open the image; it is flushed and closed when the stack unwinds."""
-
-    def say(doing: str) -> None:
-        daemon.notify(STATUS=doing)
-
-    image = life.during(
-        lambda: stack.enter_context(open_image(spec, cluster, read_only=read_only, say=say))
-    )
-    if not image.read_only:
-        stack.callback(_flush, image)
-    return image
-
-
-def _flush(image: RbdImage) -> None:
-    try:
-        image.flush()
-    except OSError as error:
-        message = f"{image.spec} could not be flushed, the newest writes may be lost: {error}"
-        raise RbdnbdError(message, error.errno or 0) from error
-
-
-def _attached(
-    stack: ExitStack, image: RbdImage, export: Export, options: MapOptions, life: Life
-) -> Attachment:
-    """Serve the image on a socket pair and attach its other end to the kernel."""
-    cookie = str(uuid.uuid4())
-    ours, kernels = socket.socketpair()
-    connection = Connection(ours, image, export)
-    goodbye = stack.enter_context(_serving(connection, life))
-    daemon.notify(STATUS="attaching the device")
     driver = NbdDriver()
-    attachment = driver.attach(
-        kernels,
-        size=export.size,
-        block_size=options.block_size,
-        flags=export.flags,
-        device=options.device,
-        timeout=options.io_timeout,
-        cookie=cookie,
-        use_ioctl=options.use_ioctl,
-    )
-    stack.callback(_detach, attachment, connection, goodbye)
-    tune(driver.devices, attachment.index, image.object_size())
-    describe = _describer(image, export, connection, attachment, cookie)
-    stack.enter_context(Control(describe))
-    log.info("%s is mapped to %s by %s", image.spec, attachment.device, attachment.method)
-    return attachment
+    assert options.device is not None
+    device, index = options.device, driver.devices.index(options.device)
+    cookie = _cookie_on(index, driver.devices, options)
+    predecessor = on_device(index, driver.devices, run_dir)
+    if predecessor and not take_from_living:
+        raise Busy(f"{device} has process {predecessor['id']} connected", errno.EBUSY)
+    if spec is None:
+        spec, cluster, options = _as_recorded(find(cookie, run_dir), device)
+
+    end = partial(detach, device, cluster, say=log.info, driver=driver, run_dir=run_dir)
+    options = replace(options, cookie=cookie)
+    with ExitStack() as stack:
+        if predecessor and options.exclusive:
+            end()
+        fate = stack.enter_context(Fate())
+        image = opened(stack, life, spec, cluster, options)
+        if predecessor and not options.exclusive:
+            end()
+        fate.owner = Ownership(cookie, run_dir)
+        _succeed(fate.owner.record, image, device)
+        fate.record(image, cluster, options)
+        live(stack, life, fate, image, options, _reattaching(driver, index, options), ready)
 
 
-@contextmanager
-def _serving(connection: Connection, life: Life) -> Iterator[threading.Event]:
-    """Serve the kernel in threads; the event says that it has said goodbye (NBD_CMD_DISC)."""
-    goodbye = threading.Event()
+def _attaching(driver: NbdDriver, options: MapOptions) -> Bind:
+    def bind(sock: socket.socket, export: Export, block_size: int) -> Attachment:
+        return driver.attach(
+            sock,
+            size=export.size,
+            block_size=block_size,
+            flags=export.flags,
+            device=options.device,
+            timeout=options.io_timeout,
+            reattach_timeout=options.reattach_timeout,
+            cookie=options.cookie,
+            use_ioctl=options.use_ioctl,
+        )
 
-    def serve() -> None:
-        reason = "the server has failed"
-        try:
-            reason = connection.serve()
-            if not reason:
-                goodbye.set()
-        finally:
-            life.ended(reason)
-
-    thread = threading.Thread(target=serve, name="nbd-0", daemon=True)
-    thread.start()
-    try:
-        yield goodbye
-    finally:
-        connection.stop()
-        thread.join(DRAIN_SECONDS)
-        connection.abort()
-        thread.join()
+    return bind
 
 
-def _detach(attachment: Attachment, connection: Connection, goodbye: threading.Event) -> None:
-    """Disconnect the device, unless somebody has: then it is free once that one is through.
+def _reattaching(driver: NbdDriver, index: int, options: MapOptions) -> Bind:
+    def bind(sock: socket.socket, export: Export, block_size: int) -> Attachment:
+        return driver.reattach(
+            index,
+            sock,
+            size=export.size - export.size % block_size,
+            timeout=options.io_timeout,
+            reattach_timeout=options.reattach_timeout,
+            cookie=options.cookie,
+        )
 
-    What the kernel has cached is written first, however long that takes; nothing can be written
-    any more if the connection has ended.
-    """
-    if goodbye.is_set():
-        attachment.wait_released(_RELEASE_SECONDS)
-    else:
-        attachment.disconnect(flush_limit=0.0 if connection.ended() else None)
-
-
-def _await_end(life: Life, what: str) -> None:
-    """Return when a signal comes or the client says goodbye; raise when it just hangs up."""
-    ending = life.wait()
-    if isinstance(ending, str) and ending:
-        raise RbdnbdError(f"the kernel has dropped {what}: {ending}")
-    log.info("stopping %s", what)
-    daemon.notify(STOPPING=1, STATUS="draining")
+    return bind
 
 
-def _describer(
-    image: RbdImage, export: Export, connection: Connection, attachment: Attachment, cookie: str
-) -> Callable[[], Document]:
-    """Return the function that describes a mapping, for the control socket."""
-    spec, since = image.spec, datetime.now(UTC).isoformat(timespec="seconds")
+def _cookie_on(index: int, devices: NbdDevices, options: MapOptions) -> str:
+    """Return the cookie of a device that is to be attached again."""
+    device = devices.path(index)
+    if devices.connected(index) is None:
+        raise NotMapped(f"{device} is not mapped", errno.ENODEV)
+    cookie = devices.backend(index)
+    if cookie is None:
+        raise RbdnbdError(f"{device} has no cookie: only what netlink attached can be taken over")
+    if options.cookie and options.cookie != cookie:
+        raise CookieMismatch(f"cookie mismatch: {device} has another one", errno.EINVAL)
+    return cookie
 
-    def describe() -> Document:
-        now = time.monotonic()
-        in_flight = [
-            {"command": request.name, "offset": request.offset, "length": request.length}
-            | {"seconds": round(now - started, 3)}
-            for request, started in connection.in_flight()
-        ]
-        return {
-            "id": os.getpid(),
-            "pool": spec.pool,
-            "namespace": spec.namespace,
-            "image": spec.image,
-            "snap": spec.snap,
-            "device": attachment.device,
-            "cookie": cookie,
-            "size": export.size,
-            "read_only": export.read_only,
-            "attached_by": attachment.method,
-            "since": since,
-            "stats": connection.stats.as_dict(),
-            "in_flight": in_flight,
-        }
 
-    return describe
+def _as_recorded(
+    record: Record | None, device: str
+) -> tuple[ImageSpec, ClusterOptions, MapOptions]:
+    """Return what a device was mapped with."""
+    if record is None:
+        raise RbdnbdError(f"nothing is recorded of {device}: name the image that it is of")
+    layers = tuple((form, file) for form, file in record.options["encryption"])
+    known = MapOptions(**record.options | {"encryption": layers, "device": device})
+    return record.spec, record.cluster, known
+
+
+def _succeed(record: Record | None, image: RbdImage, device: str) -> None:
+    """Make sure that the image is the device's, and that its last process cannot write any more."""
+    if record is None:
+        log.warning("nothing is known of the last process of %s: it is not fenced", device)
+        return
+    if record.image_id != image.image_id or record.spec.snap != image.spec.snap:
+        raise RbdnbdError(f"{device} is a mapping of {record.spec}, not of {image.spec}")
+    if not record.detached and not image.read_only:
+        daemon.notify(STATUS=f"fencing the last process of {device}")
+        fence(image, record.address)

@@ -31,7 +31,7 @@ NLMSGERR_ATTR_MSG = 1
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY = 0x10, 3
 CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 1, 2
 
-NBD_CMD_CONNECT, NBD_CMD_DISCONNECT = 1, 2
+NBD_CMD_CONNECT, NBD_CMD_DISCONNECT, NBD_CMD_RECONFIGURE = 1, 2, 3
 NBD_ATTR_INDEX, NBD_ATTR_SIZE_BYTES, NBD_ATTR_BLOCK_SIZE_BYTES = 1, 2, 3
 NBD_ATTR_TIMEOUT, NBD_ATTR_SERVER_FLAGS = 4, 5
 NBD_ATTR_SOCKETS, NBD_SOCK_ITEM, NBD_SOCK_FD = 7, 1, 1
@@ -70,30 +70,57 @@ class Connect:
 
     def encode(self) -> bytes:
         """Encode the attributes, in the order of their numbers."""
-        items = b"".join(
-            encode_attribute(NBD_SOCK_ITEM, _number("=I", NBD_SOCK_FD, fd)) for fd in self.sockets
+        return b"".join(
+            (
+                _number("=I", NBD_ATTR_INDEX, self.index),
+                _number("=Q", NBD_ATTR_SIZE_BYTES, self.size),
+                _number("=Q", NBD_ATTR_BLOCK_SIZE_BYTES, self.block_size),
+                _number("=Q", NBD_ATTR_TIMEOUT, self.timeout),
+                _number("=Q", NBD_ATTR_SERVER_FLAGS, self.flags),
+                _sockets(self.sockets),
+                _number("=Q", NBD_ATTR_DEAD_CONN_TIMEOUT, self.dead_conn_timeout),
+                _name(self.backend_identifier),
+            )
         )
-        parts = [
-            _number("=I", NBD_ATTR_INDEX, self.index),
-            _number("=Q", NBD_ATTR_SIZE_BYTES, self.size),
-            _number("=Q", NBD_ATTR_BLOCK_SIZE_BYTES, self.block_size),
-            _number("=Q", NBD_ATTR_TIMEOUT, self.timeout),
-            _number("=Q", NBD_ATTR_SERVER_FLAGS, self.flags),
-            encode_attribute(NBD_ATTR_SOCKETS, items),
-            _number("=Q", NBD_ATTR_DEAD_CONN_TIMEOUT, self.dead_conn_timeout),
-        ]
-        if self.backend_identifier is not None:
-            name = self.backend_identifier.encode() + b"\0"
-            parts.append(encode_attribute(NBD_ATTR_BACKEND_IDENTIFIER, name))
-        return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconfigure:
+    """What NBD_CMD_RECONFIGURE is to change on a device; what is None or empty stays as it is.
+
+    `sockets` take the places of connections that have ended, in turn; one for which there is no
+    such place is dropped without an error. `backend_identifier` must be that of the device, if it
+    has one. Units as in `Connect`. A `timeout` also sets /sys/block/nbdN/queue/io_timeout, 0 to
+    30 s.
+    """
+
+    index: int
+    backend_identifier: str | None
+    sockets: Sequence[int] = ()
+    size: int | None = None
+    timeout: int | None = None
+    dead_conn_timeout: int | None = None
+
+    def encode(self) -> bytes:
+        """Encode the attributes, in the order of their numbers."""
+        return b"".join(
+            (
+                _number("=I", NBD_ATTR_INDEX, self.index),
+                _number("=Q", NBD_ATTR_SIZE_BYTES, self.size),
+                _number("=Q", NBD_ATTR_TIMEOUT, self.timeout),
+                _sockets(self.sockets),
+                _number("=Q", NBD_ATTR_DEAD_CONN_TIMEOUT, self.dead_conn_timeout),
+                _name(self.backend_identifier),
+            )
+        )
 
 
 class NbdFamily:
     """A connection to the kernel's family "nbd"; a context manager.
 
     Every method may be called from any thread, by one at a time, and raises OSError with the
-    kernel's errno and, where it gave one, its own words. CONNECT and DISCONNECT need CAP_SYS_ADMIN
-    (EPERM).
+    kernel's errno and, where it gave one, its own words. CONNECT, RECONFIGURE and DISCONNECT need
+    CAP_SYS_ADMIN (EPERM).
     """
 
     def __init__(self) -> None:
@@ -123,6 +150,15 @@ class NbdFamily:
         reply = self._command(self._id, NBD_CMD_CONNECT, request.encode())
         (index,) = struct.unpack("=I", reply[NBD_ATTR_INDEX])
         return int(index)
+
+    def reconfigure(self, request: Reconfigure) -> None:
+        """Give a device that was attached by netlink a new server, size or timeouts.
+
+        EINVAL: no such index, not attached, attached by ioctl, or another backend identifier; the
+        kernel's log says which. A new size waits, on newer kernels, for all requests in flight.
+        Source: nbd_genl_reconfigure, nbd_reconnect_socket, Linux 6.1; seen on 6.12.
+        """
+        self._command(self._id, NBD_CMD_RECONFIGURE, request.encode())
 
     def disconnect(self, index: int) -> None:
         """Disconnect a device, whichever way it was attached; requests in flight fail with EIO.
@@ -201,6 +237,17 @@ def raise_error(flags: int, body: bytes) -> None:
 
 def _number(form: str, kind: int, value: int | None) -> bytes:
     return b"" if value is None else encode_attribute(kind, struct.pack(form, value))
+
+
+def _sockets(fds: Sequence[int]) -> bytes:
+    items = [encode_attribute(NBD_SOCK_ITEM, _number("=I", NBD_SOCK_FD, fd)) for fd in fds]
+    return encode_attribute(NBD_ATTR_SOCKETS, b"".join(items)) if items else b""
+
+
+def _name(identifier: str | None) -> bytes:
+    if identifier is None:
+        return b""
+    return encode_attribute(NBD_ATTR_BACKEND_IDENTIFIER, identifier.encode() + b"\0")
 
 
 def _aligned(length: int) -> int:

@@ -19,6 +19,7 @@ import logging
 import socket
 import threading
 import time
+from dataclasses import replace
 from typing import Final, Protocol
 
 from rbdnbd.stats import Stats
@@ -47,6 +48,7 @@ WORKERS: Final = 128
 """Requests of one connection in flight: the kernel's queue depth (nbd.c, tag_set.queue_depth)."""
 
 _DISCARDED_AT_ONCE: Final = 1 << 20
+_DRAIN_INTERVAL: Final = 0.005
 
 
 class Image(Protocol):
@@ -81,7 +83,7 @@ class Connection:
         self.stats = Stats()
         self._sock = sock
         self._image = image
-        self._export = export
+        self.export = export
         self._limit = workers
         self._workers: list[threading.Thread] = []
         self._in_flight: dict[int, tuple[Request, float]] = {}
@@ -105,15 +107,27 @@ class Connection:
             self._sock.close()
         return self._reason
 
-    def stop(self) -> None:
-        """Read no further request; those already read are answered. Any thread, any time."""
+    def stop(self, patience: float = 0.0) -> None:
+        """Take no further request; those that have been taken are answered. Any thread, any time.
+
+        The kernel's driver hangs up when its next request cannot be sent (nbd_mark_nsock_dead), so
+        that replies which are still on their way are lost: for at most `patience` seconds it is
+        given them before the socket is shut.
+        """
         self._ended = True
+        deadline = time.monotonic() + patience
+        while self._in_flight and time.monotonic() < deadline:
+            time.sleep(_DRAIN_INTERVAL)
         _shutdown(self._sock, socket.SHUT_RD)
 
     def abort(self) -> None:
         """Hang up without waiting for a peer that does not take its replies."""
         self._ended = True
         _shutdown(self._sock, socket.SHUT_RDWR)
+
+    def resize(self, size: int) -> None:
+        """Have requests be held against a new size, in bytes, from now on. Any thread."""
+        self.export = replace(self.export, size=size)
 
     def ended(self) -> bool:
         """Tell whether no further request will be read."""
@@ -130,7 +144,7 @@ class Connection:
 
     def _answer(self, request: Request, payload: bytes) -> None:
         """Validate, then perform, then reply."""
-        error = validate(request, self._export)
+        error = validate(request, self.export)
         data = b""
         if not error:
             error, data = self._perform(request, payload)

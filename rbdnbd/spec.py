@@ -19,6 +19,7 @@ class ImageSpec:
     namespace: str
     image: str
     snap: str = ""
+    snap_id: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> ImageSpec:
@@ -43,7 +44,8 @@ class ClusterOptions:
     """Which cluster, and as whom: Ceph's own options, "" for what is left to its configuration.
 
     `conf` is the path of ceph.conf (else CEPH_CONF, else Ceph's search path), `name` the whole
-    entity, as in client.admin.
+    entity, as in client.admin. `settings` are any other options of Ceph's, (name, value), in which
+    names have underscores.
     """
 
     conf: str = ""
@@ -53,6 +55,7 @@ class ClusterOptions:
     keyfile: str = ""
     mon_host: str = ""
     log_file: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
 
     def overrides(self) -> dict[str, str]:
         """Return the configuration that the command line sets, stronger than file and CEPH_ARGS.
@@ -61,4 +64,31 @@ class ClusterOptions:
         """
         given = {key: getattr(self, key) for key in ("keyring", "keyfile", "mon_host", "log_file")}
         quiet = {"err_to_stderr": "false", "log_to_stderr": "false"}
-        return quiet | {key: value for key, value in given.items() if value}
+        named = {key: value for key, value in given.items() if value}
+        return quiet | dict(self.settings) | named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapOptions:
+    """What `map` and `attach` were asked for.
+
+    `block_size` in bytes (0: 512, or 4096 for an encrypted image), `io_timeout` in seconds (None or
+    0: for ever), `reattach_timeout` seconds for which the kernel keeps a device whose server is
+    gone. `cookie` "" stands for a new one. `encryption` is a row of (format, passphrase file), the
+    image's own first, then its ancestors'. `quiesce_hook` is the program to run around snapshots,
+    "" for none.
+    """
+
+    read_only: bool = False
+    device: str | None = None
+    block_size: int = 0
+    io_timeout: int | None = None
+    reattach_timeout: int = 30
+    use_ioctl: bool = False
+    cookie: str = ""
+    exclusive: bool = False
+    no_trim: bool = False
+    nbds_max: int | None = None
+    max_part: int | None = None
+    quiesce_hook: str = ""
+    encryption: tuple[tuple[str, str], ...] = ()

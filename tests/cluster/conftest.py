@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from rbdnbd.spec import ClusterOptions
 from testbed import elsewhere
 from testbed.cluster import Cluster, ContainerCluster, LocalCluster, ThrowAwayCluster
 from testbed.places import CEPH_CONF
@@ -80,6 +81,12 @@ def provider(request: pytest.FixtureRequest) -> Iterator[ThrowAwayCluster]:
 def ceph_conf(cluster: Cluster) -> Path:
     """All that a client of the cluster needs."""
     return cluster.conf
+
+
+@pytest.fixture(scope="session")
+def options(ceph_conf: Path) -> ClusterOptions:
+    """How the product reaches the cluster."""
+    return ClusterOptions(conf=str(ceph_conf))
 
 
 @pytest.fixture(scope="session")

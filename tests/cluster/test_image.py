@@ -8,40 +8,20 @@ import importlib
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rbdnbd.errors import RbdnbdError
-from rbdnbd.image import RbdImage, default_pool, open_image
+from rbdnbd.image import RbdImage, default_pool
 from rbdnbd.spec import ClusterOptions, ImageSpec
 from tests.support.contract import SIZE, ImageContract
+from tests.support.opening import opened, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]
-
-
-def opened(
-    spec: str, options: ClusterOptions, *, read_only: bool = False
-) -> AbstractContextManager[RbdImage]:
-    """Open an image and tell nobody."""
-    return open_image(ImageSpec.parse(spec), options, read_only=read_only, say=lambda doing: None)
-
-
-def refusal(spec: str, options: ClusterOptions, *, read_only: bool = False) -> str:
-    """Return the sentence with which opening an image fails."""
-    with pytest.raises(RbdnbdError) as raised, opened(spec, options, read_only=read_only):
-        pass
-    return raised.value.message
-
-
-@pytest.fixture
-def options(ceph_conf: Path) -> ClusterOptions:
-    return ClusterOptions(conf=str(ceph_conf))
 
 
 class TestRbdImage(ImageContract):
@@ -114,6 +94,43 @@ def test_a_snapshot_is_opened_read_only_as_it_was(
         assert snapshot.read(0, 6) == b"before"
 
 
+def test_a_snapshot_is_opened_by_its_id_read_only_as_it_was(
+    image: MakeImage, options: ClusterOptions, rbd: Rbd
+) -> None:
+    spec = image("16M")
+    with opened(spec, options) as opened_image:
+        opened_image.write(0, b"before")
+        opened_image.flush()
+        rbd("snap", "create", "--no-progress", f"{spec}@s")
+        opened_image.write(0, b"after!")
+    snap_id = json.loads(rbd("snap", "ls", "--format", "json", spec))[0]["id"]
+    by_id = replace(ImageSpec.parse(spec), snap_id=snap_id)
+    with opened(by_id, options) as snapshot:
+        assert snapshot.read_only
+        assert snapshot.spec == by_id
+        assert snapshot.read(0, 6) == b"before"
+        with pytest.raises(OSError) as raised:
+            snapshot.write(0, b"x")
+        assert raised.value.errno == errno.EROFS
+
+
+def test_a_snapshot_is_named_by_its_name_or_its_id_but_not_by_both(
+    options: ClusterOptions,
+) -> None:
+    both = ImageSpec("rbd", "", "volume", snap="s", snap_id=4)
+    assert refusal(both, options) == "use either snapname or snapid, not both"
+
+
+def test_an_image_is_known_by_its_id_and_its_client_as_the_cluster_knows_them(
+    image: MakeImage, options: ClusterOptions, rbd: Rbd
+) -> None:
+    spec = image("16M")
+    with opened(spec, options) as opened_image:
+        assert opened_image.image_id == json.loads(rbd("info", "--format", "json", spec))["id"]
+        (watcher,) = json.loads(rbd("status", "--format", "json", spec))["watchers"]
+        assert opened_image.address == watcher["address"]
+
+
 def test_a_write_to_a_read_only_image_is_erofs(image: MakeImage, options: ClusterOptions) -> None:
     with opened(image("16M"), options, read_only=True) as opened_image:
         with pytest.raises(OSError) as raised:
@@ -150,6 +167,8 @@ def test_what_does_not_exist_is_named(image: MakeImage, options: ClusterOptions)
     assert refusal("rbd/nope", options) == "image rbd/nope does not exist"
     assert refusal("rbd/nope@snap", options) == "image rbd/nope does not exist"
     assert refusal(f"{spec}@nope", options) == f"image {spec} has no snapshot nope"
+    by_id = replace(ImageSpec.parse(spec), snap_id=77)
+    assert refusal(by_id, options) == f"image {spec} has no snapshot with the id 77"
     assert refusal("rbd/nope/volume", options) == "namespace nope does not exist in pool rbd"
     assert refusal(spec, ClusterOptions(conf="/nope")) == "cannot read /nope: it does not exist"
 
@@ -215,12 +234,20 @@ def test_without_any_configuration_that_is_what_is_said(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("module", ["rados", "rbd"])
 def test_the_stubs_name_nothing_that_the_bindings_lack(module: str) -> None:
     real = importlib.import_module(module)
-    stub = ast.parse((ROOT / f"stubs/{module}.pyi").read_text())
-    public = [node for node in stub.body if not getattr(node, "name", "").startswith("_")]
+    text = (ROOT / f"stubs/{module}.pyi").read_text()
+    later = {number for number, line in enumerate(text.splitlines(), 1) if "# since" in line}
+    public = [node for node in ast.parse(text).body if not _name(node).startswith("_")]
     for node in public:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            assert hasattr(real, node.target.id), node.target.id
+        if isinstance(node, ast.AnnAssign) and node.lineno not in later:
+            assert hasattr(real, _name(node)), _name(node)
         if isinstance(node, ast.ClassDef):
-            methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
-            missing = [name for name in methods if not hasattr(getattr(real, node.name), name)]
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            names = [each.name for each in methods if each.lineno not in later]
+            missing = [name for name in names if not hasattr(getattr(real, node.name), name)]
             assert not missing, f"{module}.{node.name} has no {missing}"
+
+
+def _name(node: ast.stmt) -> str:
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return node.target.id
+    return getattr(node, "name", "")

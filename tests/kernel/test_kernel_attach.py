@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from rbdnbd import kernel
+from rbdnbd import release
 from rbdnbd.blockqueue import tune
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.ioctl import BLKROSET, NbdIoctls, ioctl
@@ -269,7 +269,7 @@ def test_a_signal_does_not_end_a_device_attached_by_ioctl(attach):
 def test_a_release_writes_out_what_is_cached_flushes_and_says_goodbye(
     attach, responder, use_ioctl, monkeypatch
 ):
-    monkeypatch.setattr(kernel, "RELEASE_LIMIT", 0.5)
+    monkeypatch.setattr(release, "RELEASE_LIMIT", 0.5)
     served = responder()
     attachment = attach(served, use_ioctl=use_ioctl)
     with opened(attachment.device, os.O_RDWR) as fd:  # whose last close would write it out, too
@@ -361,7 +361,7 @@ def test_force_disconnects_a_mounted_device_and_writes_out_its_files(
 
 
 def test_a_forced_release_does_not_wait_for_a_silent_server(attach, responder, monkeypatch, caplog):
-    monkeypatch.setattr(kernel, "RELEASE_LIMIT", 0.5)
+    monkeypatch.setattr(release, "RELEASE_LIMIT", 0.5)
     served = responder()
     attachment = attach(served)
     with opened(attachment.device, os.O_RDWR) as fd:

@@ -272,8 +272,11 @@ def test_read_only_mappings_and_snapshots_refuse_writes(
     unmap(spec if option == "snapshot" else device)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@ways
+@pytest.mark.parametrize(
+    ("way", "number"),
+    [((), signal.SIGINT), (("--ioctl",), signal.SIGINT), (("--ioctl",), signal.SIGTERM)],
+    ids=["netlink-INT", "ioctl-INT", "ioctl-TERM"],
+)
 def test_a_signal_writes_out_what_is_unwritten_and_leaves_no_lock_or_watcher(
     way: tuple[str, ...],
     number: signal.Signals,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import struct
+import sys
 import threading
+import time
 from contextlib import suppress
 
 BLOCK = 512
@@ -15,14 +18,17 @@ class Responder:
     """Serves blocks of zeroes that remember what is written; `requests` are (type, offset, length).
 
     `client` is the end for the kernel. A `silent` one takes requests and answers none. The thread
-    ends with the connection and closes its end.
+    ends with the connection and closes its end. Run as a program, this module serves the socket
+    that is its stdin, in the same way, until it is silent after so many requests and is killed.
     """
 
-    def __init__(self, blocks: dict[int, bytes] | None = None) -> None:
+    def __init__(
+        self, blocks: dict[int, bytes] | None = None, server: socket.socket | None = None
+    ) -> None:
         self.blocks = dict(blocks or {})
         self.requests: list[tuple[int, int, int]] = []
         self.silent = False
-        self._server, self.client = socket.socketpair()
+        self._server, self.client = (server, server) if server else socket.socketpair()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -32,6 +38,13 @@ class Responder:
             self._server.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self.client.close()
+        assert not self._thread.is_alive()
+
+    def leave(self) -> None:
+        """Take nothing that is sent from now on, answer what was sent, and hang up."""
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RD)
+        self._thread.join(10)
         assert not self._thread.is_alive()
 
     def saw(self, kind: int, length: int) -> bool:
@@ -64,3 +77,12 @@ class Responder:
 
 def _numbers(offset: int, length: int) -> range:
     return range(offset // BLOCK, (offset + length) // BLOCK)
+
+
+if __name__ == "__main__":
+    responder = Responder(server=socket.socket(fileno=0))
+    while len(responder.requests) < int(sys.argv[1]):
+        time.sleep(0.01)
+    responder.silent = True
+    while True:
+        signal.pause()

@@ -20,7 +20,7 @@ from rbdnbd.control import Control, Document
 from rbdnbd.devices import NbdDevices
 from rbdnbd.mapped import mapped
 
-COMMANDS = ["map", "unmap", "list-mapped", "stats", "serve"]
+COMMANDS = ("attach", "detach", "list-mapped", "map", "serve", "stats", "unmap")
 
 
 class Done(NamedTuple):
@@ -259,8 +259,8 @@ def test_mappings_are_listed_in_columns_as_wide_as_their_longest_word(run, machi
     machine.maps(2, id=12345)
     assert run("list-mapped").out == (
         "id     pool  namespace  image        snap  device      cookie\n"
-        "12345  rbd              vol          -     /dev/nbd2   f00\n"
-        "7      rbd   ns         a long name  s     /dev/nbd10  b4r\n"
+        "12345  rbd              vol          -     /dev/nbd2   f00   \n"
+        "7      rbd   ns         a long name  s     /dev/nbd10  b4r   \n"
     )
 
 

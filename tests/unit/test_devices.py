@@ -79,6 +79,11 @@ def test_a_device_that_is_not_there_has_no_size(machine):
     assert machine.size(7) == 0
 
 
+def test_the_size_of_a_block_is_the_queues(machine):
+    machine.has(f"{BLOCK}/queue/logical_block_size", "4096\n")
+    assert (machine.block_size(0), machine.block_size(7)) == (4096, 512)
+
+
 @pytest.mark.parametrize(("text", "backend"), [("rbd/ein Bild \n", "rbd/ein Bild "), ("\n", None)])
 def test_the_backend_is_what_it_was_called_and_none_when_it_has_no_name(machine, text, backend):
     machine.has(f"{BLOCK}/backend", text)

@@ -94,13 +94,32 @@ def test_a_disconnect_says_goodbye_before_it_takes_the_socket(driver):
     assert driver.names() == ["NBD_DISCONNECT", "NBD_CLEAR_SOCK"]
 
 
+def test_a_flush_writes_out_what_is_cached_and_closes_the_device(driver):
+    flush = driver.ioctls.start_flush(opened(driver.devices.path(0)))
+    flush.join(5)
+    assert (driver.names(), flush.error) == (["BLKFLSBUF"], None)
+    assert driver.open_here() == []
+
+
 def test_a_flush_that_fails_keeps_the_error(driver):
     driver.refusals["BLKFLSBUF"] = errno.EIO
-    with opened(driver.devices.path(0)) as fd:
-        flush = driver.ioctls.start_flush(fd)
-        flush.join(5)
+    flush = driver.ioctls.start_flush(opened(driver.devices.path(0)))
+    flush.join(5)
     assert flush.error is not None
     assert flush.error.errno == errno.EIO
+
+
+def test_a_device_that_cannot_be_opened_for_a_flush_is_an_error_of_the_flush(driver):
+    flush = driver.ioctls.start_flush(opened(driver.devices.path(7)))
+    flush.join(5)
+    assert flush.error is not None
+    assert flush.error.errno == errno.ENOENT
+
+
+def test_a_new_size_is_given_in_blocks(driver):
+    with opened(driver.devices.path(0)) as fd:
+        driver.ioctls.resize(fd, (3 << 40) // 512)
+    assert driver.calls == [("nbd0", "NBD_SET_SIZE_BLOCKS", (3 << 40) // 512)]
 
 
 def test_the_read_only_mark_is_set_to_zero(driver):

@@ -3,59 +3,19 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from rbdnbd import kernel
-from rbdnbd.blockqueue import tune
-from rbdnbd.errors import RbdnbdError
+from rbdnbd.errors import Busy, CookieMismatch, DeviceBusy, NoFreeDevice, NotMapped, RbdnbdError
 from rbdnbd.kernel import Attachment, NbdDriver
-from rbdnbd.netlink import Connect, FamilyNotFoundError
-from tests.support.nbd_driver import FakeDriver
+from rbdnbd.netlink import Connect, Reconfigure
+from tests.support.nbd_driver import FakeDriver, FakeFamily
 from tests.support.waiting import wait_until
 
 SIZE = 64 << 20
-
-
-class FakeFamily:
-    """The family "nbd" of a FakeDriver; `refusals` are used up one a CONNECT."""
-
-    def __init__(self, driver: FakeDriver) -> None:
-        self.driver = driver
-        self.refusals: list[int] = []
-        self.connects: list[Connect] = []
-        self.disconnects: list[int] = []
-        self.missing = False
-
-    def __call__(self) -> FakeFamily:
-        if self.missing:
-            raise FamilyNotFoundError(errno.ENOENT, "no generic-netlink family nbd")
-        return self
-
-    def __enter__(self) -> FakeFamily:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def connect(self, request: Connect) -> int:
-        self.connects.append(request)
-        if self.refusals:
-            number = self.refusals.pop(0)
-            raise OSError(number, os.strerror(number))
-        index = request.index or 0
-        if self.driver.alive:
-            self.driver.connect(index, request.size)
-        return index
-
-    def disconnect(self, index: int) -> None:
-        self.disconnects.append(index)
-        self.driver.let_go(f"nbd{index}")
 
 
 @pytest.fixture
@@ -65,7 +25,9 @@ def fake(tmp_path):
 
 @pytest.fixture
 def family(fake):
-    return FakeFamily(fake)
+    family = FakeFamily(fake)
+    yield family
+    family.close()
 
 
 @pytest.fixture
@@ -77,6 +39,7 @@ def driver(fake, family):
 def short_limits(monkeypatch):
     for limit in ("LIVE_LIMIT", "BUSY_LIMIT", "RELEASE_LIMIT"):
         monkeypatch.setattr(kernel, limit, 0.1)
+    monkeypatch.setattr(kernel, "REATTACH_PAUSES", (0, 0, 0))
 
 
 @pytest.fixture
@@ -103,7 +66,8 @@ def refused(act: Callable[[], object]) -> RbdnbdError:
 
 def test_netlink_is_preferred_and_told_everything(attach, family, fake, pair):
     fd = pair[1].fileno()
-    attachment = attach(device=str(fake.devices.path(1)), timeout=3, cookie="c", block_size=4096)
+    device = str(fake.devices.path(1))
+    attachment = attach(device=device, timeout=3, reattach_timeout=9, cookie="c", block_size=4096)
     assert family.connects == [
         Connect(
             sockets=(fd,),
@@ -112,11 +76,12 @@ def test_netlink_is_preferred_and_told_everything(attach, family, fake, pair):
             flags=5,
             index=1,
             timeout=3,
+            dead_conn_timeout=9,
             backend_identifier="c",
         )
     ]
     assert (attachment.index, attachment.method) == (1, "netlink")
-    assert attachment.device == str(fake.devices.path(1))
+    assert attachment.device == device
 
 
 def test_the_kernel_chooses_when_no_device_is_named(attach, family):
@@ -201,6 +166,7 @@ def test_a_connected_device_is_refused_at_once(attach, family, fake, use_ioctl):
     fake.connect(1, SIZE, pid=4711)
     device = str(fake.devices.path(1))
     refusal = refused(lambda: attach(device=device, use_ioctl=use_ioctl))
+    assert isinstance(refusal, DeviceBusy)
     assert refusal.message == f"{device} is already in use (by process 4711)"
     assert refusal.errno == errno.EBUSY
     assert len(family.connects) <= 1
@@ -223,6 +189,7 @@ def test_no_free_device_is_said_with_the_number_of_devices(attach, fake):
     fake.connect(0, SIZE)
     fake.connect(1, SIZE)
     refusal = refused(lambda: attach(use_ioctl=True))
+    assert isinstance(refusal, NoFreeDevice)
     assert refusal.message == (
         "no free nbd device: all 2 are in use (the nbd module's nbds_max sets how many)"
     )
@@ -257,131 +224,6 @@ def test_a_do_it_that_fails_says_why_and_disconnects_nobody(attach, family, fake
     assert family.disconnects == []
 
 
-def test_tuning_lets_a_request_carry_an_object_and_reads_two_ahead(driver, fake):
-    queue = queue_of(fake, limit=32768)
-    tune(driver.devices, 0, 4 << 20)
-    assert (queue / "max_sectors_kb").read_text() == "4096"
-    assert (queue / "read_ahead_kb").read_text() == "8192"
-
-
-def test_tuning_keeps_to_the_drivers_limit(driver, fake):
-    queue = queue_of(fake, limit=32768)
-    tune(driver.devices, 0, 64 << 20)
-    assert (queue / "max_sectors_kb").read_text() == "32768"
-
-
-def test_a_device_that_cannot_be_tuned_is_logged(driver, caplog):
-    tune(driver.devices, 0, 4 << 20)
-    assert "cannot tune" in caplog.text
-
-
-def queue_of(fake: FakeDriver, limit: int) -> Path:
-    queue = fake.devices.queue(0)
-    (queue / "max_hw_sectors_kb").write_text(f"{limit}\n")
-    return queue
-
-
-@pytest.fixture
-def claimed_elsewhere(monkeypatch):
-    """Every exclusive open fails with EBUSY."""
-
-    def open_device(path: Path, flags: int = 0) -> int:
-        assert flags & os.O_EXCL
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-    monkeypatch.setattr(kernel, "open_device", open_device)
-
-
-def hold(fake: FakeDriver, index: int) -> None:
-    (fake.devices.proc / "self/mountinfo").write_text(
-        f"40 21 43:0 / /mnt rw - ext4 {fake.devices.path(index)} rw\n"
-    )
-
-
-def test_a_mounted_device_is_not_released(driver, fake, family, claimed_elsewhere):
-    fake.connect(0, SIZE)
-    hold(fake, 0)
-    refusal = refused(lambda: driver.release(0))
-    device = fake.devices.path(0)
-    assert refusal.message == f"{device} is mounted on /mnt: unmount it first, or use --force"
-    assert refusal.errno == errno.EBUSY
-    assert family.disconnects == []
-
-
-def test_a_device_that_is_held_out_of_sight_is_not_released(driver, fake, claimed_elsewhere):
-    fake.connect(0, SIZE)
-    assert refused(lambda: driver.release(0)).message == (
-        f"{fake.devices.path(0)} is in use by another process or mount namespace: "
-        "end that first, or use --force"
-    )
-
-
-def test_a_free_device_cannot_be_released(driver, fake):
-    refusal = refused(lambda: driver.release(0))
-    assert refusal.message == f"{fake.devices.path(0)} is not attached"
-    assert refusal.errno == errno.ENODEV
-
-
-def test_a_device_is_flushed_and_then_disconnected(driver, fake, family, monkeypatch):
-    fake.connect(0, SIZE)
-    monkeypatch.setattr(family, "disconnect", lambda index: fake.calls.append(("x", "DISC", index)))
-    refused(lambda: driver.release(0))
-    assert fake.names() == ["BLKFLSBUF", "DISC"]
-
-
-def test_a_device_is_disconnected_by_ioctl_where_the_family_is_missing(driver, fake, family):
-    family.missing = True
-    fake.connect(0, SIZE)
-    driver.release(0)
-    assert fake.names() == ["BLKFLSBUF", "NBD_DISCONNECT", "NBD_CLEAR_SOCK"]
-
-
-def test_a_device_that_cannot_be_flushed_is_not_disconnected(driver, fake, family):
-    fake.connect(0, SIZE)
-    fake.refusals["BLKFLSBUF"] = errno.EIO
-    assert refused(lambda: driver.release(0)).message == (
-        f"cannot flush {fake.devices.path(0)}: Input/output error "
-        "(--force gives up what is not written yet)"
-    )
-    assert family.disconnects == []
-
-
-def test_force_disconnects_what_cannot_be_flushed_and_says_so(driver, fake, family, caplog):
-    fake.connect(0, SIZE)
-    fake.refusals["BLKFLSBUF"] = errno.EIO
-    driver.release(0, force=True)
-    assert family.disconnects == [0]
-    assert "disconnected before all of it was written" in caplog.text
-
-
-def test_force_does_not_wait_for_a_flush_that_hangs(driver, fake, family, monkeypatch):
-    fake.connect(0, SIZE)
-    disconnected = threading.Event()
-    flushed_in_time: list[bool] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: flushed_in_time.append(disconnected.wait(5)))
-    monkeypatch.setattr(family, "disconnect", lambda index: disconnected.set())
-    refused(lambda: driver.release(0, force=True, flush_limit=0.1))
-    assert flushed_in_time == [True]
-
-
-def test_force_minds_no_holder_and_does_not_wait_for_it(
-    driver, fake, family, claimed_elsewhere, monkeypatch, caplog
-):
-    fake.connect(0, SIZE)
-    hold(fake, 0)
-    monkeypatch.setattr(family, "disconnect", lambda index: None)
-    driver.release(0, force=True)
-    assert "is disconnected but not free" in caplog.text
-
-
-def test_a_device_that_someone_keeps_open_is_reported(driver, fake, family, monkeypatch):
-    fake.connect(0, SIZE)
-    monkeypatch.setattr(family, "disconnect", lambda index: None)
-    assert refused(lambda: driver.release(0)).message == (
-        f"{fake.devices.path(0)} is disconnected but not free: another process has it open"
-    )
-
-
 @pytest.mark.parametrize("use_ioctl", [False, True])
 def test_an_attachment_knows_when_it_is_released(attach, fake, use_ioctl):
     attachment = attach(use_ioctl=use_ioctl)
@@ -401,3 +243,131 @@ def test_an_attachment_that_is_released_is_not_disconnected_again(attach, fake, 
     fake.let_go("nbd0")
     attachment.disconnect()
     assert family.disconnects == []
+
+
+def test_the_driver_is_loaded_once(driver):
+    assert not driver.load(4, 16)
+
+
+@pytest.fixture
+def reattach(driver, fake, pair):
+    """Attach device 1 again, which was attached with the cookie "c"."""
+
+    def reattach(**options: object) -> Attachment:
+        given = {"size": SIZE, "timeout": None, "reattach_timeout": 30, "cookie": "c"} | options
+        return driver.reattach(1, pair[1], **given)
+
+    fake.connect(1, SIZE, backend="c")
+    return reattach
+
+
+def test_a_device_is_given_another_server(reattach, family, pair):
+    fd = pair[1].fileno()
+    attachment = reattach(timeout=0)
+    assert family.reconfigures[0] == Reconfigure(
+        index=1, backend_identifier="c", sockets=(fd,), timeout=0, dead_conn_timeout=30
+    )
+    assert (attachment.index, attachment.method) == (1, "netlink")
+
+
+def test_a_socket_that_is_not_taken_at_first_is_offered_again(reattach, family):
+    family.deaf = 2
+    assert not reattach().released()
+
+
+def test_a_device_whose_server_lives_is_refused(reattach, family, fake, pair):
+    family.deaf = 1000
+    refusal = refused(reattach)
+    assert isinstance(refusal, Busy)
+    assert refusal.message == f"{fake.devices.path(1)} still has a server: end that first"
+    assert pair[0].recv(1) == b""
+
+
+def test_a_device_with_another_cookie_is_left_alone(reattach, family, fake):
+    refusal = refused(lambda: reattach(cookie="d"))
+    assert isinstance(refusal, CookieMismatch)
+    assert refusal.message == f"cookie mismatch: {fake.devices.path(1)} has another one"
+    assert family.reconfigures == []
+
+
+def test_a_device_without_a_cookie_is_left_alone(reattach, family, fake):
+    fake.disconnect(1)
+    fake.connect(1, SIZE)
+    assert refused(reattach).message == (
+        f"{fake.devices.path(1)} has no cookie: only what netlink attached can be attached again"
+    )
+    assert family.reconfigures == []
+
+
+def test_a_free_device_cannot_be_attached_again(reattach, fake):
+    fake.disconnect(1)
+    refusal = refused(reattach)
+    assert isinstance(refusal, NotMapped)
+    assert refusal.message == f"{fake.devices.path(1)} is not attached"
+
+
+def test_without_netlink_no_device_is_attached_again(reattach, family, fake):
+    family.missing = True
+    assert refused(reattach).message == (
+        f"cannot attach {fake.devices.path(1)} again: the kernel has no netlink for nbd"
+    )
+
+
+def test_a_refused_reattach_is_one_sentence_and_closes_the_socket(reattach, family, fake, pair):
+    family.refusals = [errno.EPERM]
+    assert refused(reattach).message == (
+        f"cannot attach {fake.devices.path(1)} again: this needs root (CAP_SYS_ADMIN)"
+    )
+    assert pair[0].recv(1) == b""
+
+
+def test_a_new_size_comes_after_the_socket_that_answers_meanwhile(reattach, family, fake):
+    reattach(size=2 * SIZE + 511)
+    assert [each.size for each in family.reconfigures] == [None, None, None, 2 * SIZE]
+    assert fake.devices.size(1) == 2 * SIZE
+
+
+def test_a_device_attached_again_is_ours_until_its_pid_or_cookie_changes(reattach, fake):
+    attachment = reattach()
+    assert not attachment.released()
+    fake.connect(1, SIZE, backend="d")
+    assert attachment.released()
+    fake.connect(1, SIZE, backend="c")
+    assert not attachment.released()
+    fake.disconnect(1)
+    assert attachment.released()
+
+
+def test_netlink_resizes_a_device_with_its_cookie(attach, family, fake):
+    attachment = attach(cookie="c")
+    attachment.resize(2 * SIZE + 511)
+    assert family.reconfigures == [Reconfigure(index=0, backend_identifier="c", size=2 * SIZE)]
+    assert fake.devices.size(0) == 2 * SIZE
+
+
+def test_ioctl_resizes_a_device_in_its_blocks(attach, fake):
+    attachment = attach(use_ioctl=True, block_size=4096)
+    attachment.resize(2 * SIZE + 4095)
+    assert fake.calls[-1] == ("nbd0", "NBD_SET_SIZE_BLOCKS", 2 * SIZE // 4096)
+    attachment.disconnect()
+
+
+def test_a_device_that_has_the_size_is_not_resized(attach, family):
+    attach().resize(SIZE + 511)
+    assert family.reconfigures == []
+
+
+def test_a_device_that_is_not_ours_any_more_is_not_resized(attach, family, fake):
+    attachment = attach()
+    fake.let_go("nbd0")
+    refusal = refused(lambda: attachment.resize(2 * SIZE))
+    assert (type(refusal), refusal.errno) == (NotMapped, errno.ENODEV)
+    assert family.reconfigures == []
+
+
+def test_a_resize_that_the_kernel_refuses_is_one_sentence(attach, family):
+    attachment = attach()
+    family.refusals = [errno.EINVAL]
+    assert refused(lambda: attachment.resize(2 * SIZE)).message == (
+        f"cannot resize {attachment.device}: Invalid argument"
+    )

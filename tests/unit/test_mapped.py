@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from rbdnbd import kernel
 from rbdnbd import mapped as room
 from rbdnbd.control import Control, Document
 from rbdnbd.errors import RbdnbdError, UsageError
@@ -50,6 +49,7 @@ class Host:
             "namespace": image.namespace,
             "image": image.image,
             "snap": image.snap,
+            "snap_id": image.snap_id,
             "device": self.device(index),
             "cookie": f"cookie of {spec}",
         }
@@ -241,7 +241,7 @@ def mounted(host, monkeypatch) -> Host:
     def open_device(path: Path, flags: int = 0) -> int:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-    monkeypatch.setattr(kernel, "open_device", open_device)
+    monkeypatch.setattr("rbdnbd.release.open_device", open_device)
     host.maps(0, "rbd/vol")
     (host.fake.devices.proc / "self/mountinfo").write_text(
         f"40 21 43:0 / /mnt rw - ext4 {host.device(0)} rw\n"

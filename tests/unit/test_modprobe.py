@@ -29,16 +29,24 @@ def modprobe(tmp_path):
     return make
 
 
-def test_a_missing_driver_is_loaded(devices, modprobe):
-    modprobe(f'[ "$*" = nbd ] && mkdir -p {devices.sys}/module/nbd')
-    load_driver(devices)
+@pytest.mark.parametrize(
+    ("given", "parameters"),
+    [
+        ({}, "max_part=255"),
+        ({"nbds_max": 4}, "nbds_max=4 max_part=255"),
+        ({"nbds_max": 4, "max_part": 0}, "nbds_max=4 max_part=0"),
+    ],
+)
+def test_a_missing_driver_is_loaded_with_its_parameters(devices, modprobe, given, parameters):
+    modprobe(f'[ "$*" = "nbd {parameters}" ] && mkdir -p {devices.sys}/module/nbd')
+    assert load_driver(devices, **given)
     assert devices.driver_present()
 
 
 def test_a_driver_that_is_there_is_left_alone(devices, modprobe):
     (devices.sys / "module/nbd").mkdir(parents=True)
     modprobe(f"touch {devices.sys}/called")
-    load_driver(devices)
+    assert not load_driver(devices, nbds_max=4)
     assert not (devices.sys / "called").exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST, genlmsg, nla
 
 from rbdnbd import netlink
-from rbdnbd.netlink import Connect, FamilyNotFoundError, NbdFamily
+from rbdnbd.netlink import Connect, FamilyNotFoundError, NbdFamily, Reconfigure
 
 FAMILY = 0x1D
 CAPPED, TLVS = 0x100, 0x200
@@ -94,6 +94,35 @@ def test_what_is_none_is_not_in_a_connect_message():
         ("SERVER_FLAGS", 1),
         ("SOCKETS", sockets(5)),
     )
+
+
+def reconfigure_message(request: Reconfigure) -> bytes:
+    return netlink.encode_message(FAMILY, netlink.NBD_CMD_RECONFIGURE, request.encode(), 7)
+
+
+def test_a_full_reconfigure_message_equals_pyroute2s():
+    request = Reconfigure(
+        index=9,
+        backend_identifier="ein Keks",
+        sockets=[5],
+        size=3 << 40,
+        timeout=0,
+        dead_conn_timeout=0,
+    )
+    assert reconfigure_message(request) == as_pyroute2_encodes(
+        3,
+        ("INDEX", 9),
+        ("SIZE_BYTES", 3 << 40),
+        ("TIMEOUT", 0),
+        ("SOCKETS", sockets(5)),
+        ("DEAD_CONN_TIMEOUT", 0),
+        ("BACKEND_IDENTIFIER", "ein Keks"),
+    )
+
+
+def test_what_is_none_or_empty_is_not_in_a_reconfigure_message():
+    request = Reconfigure(index=0, backend_identifier=None)
+    assert reconfigure_message(request) == as_pyroute2_encodes(3, ("INDEX", 0))
 
 
 @pytest.mark.parametrize("length", range(9))
@@ -190,6 +219,14 @@ def test_disconnect_names_the_index(kernel):
         family.disconnect(3)
     index = netlink.encode_attribute(1, struct.pack("=I", 3))
     assert socket.sent[-1] == netlink.encode_message(FAMILY, 2, index, 2)
+
+
+def test_reconfigure_asks_the_resolved_family(kernel):
+    request = Reconfigure(index=3, backend_identifier="c", size=1 << 20)
+    socket = kernel(acknowledgement(0, sequence=2))
+    with NbdFamily() as family:
+        family.reconfigure(request)
+    assert socket.sent[-1] == netlink.encode_message(FAMILY, 3, request.encode(), 2)
 
 
 def test_a_refusal_is_an_oserror_with_the_kernels_errno(kernel):

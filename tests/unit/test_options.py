@@ -18,7 +18,7 @@ class Seen(NamedTuple):
 
 
 @click.command()
-@image_options
+@image_options()
 @cluster_options
 def command(spec: ImageSpec, cluster: ClusterOptions) -> Seen:
     return Seen(spec, cluster)

@@ -1,0 +1,100 @@
+"""What the Python bindings lack, by ctypes on librbd.so.1: quiesce watches.
+
+Whoever creates a snapshot asks the watchers of the image to quiesce, waits for all of them to
+complete that, and then tells them to go on (rbd_quiesce_watch in librbd.h, since Ceph 16). The
+bindings do not give away the pointers in their objects, so a watch has a client and a handle of its
+own, through which nothing is read or written. librbd calls back on threads of its own, and must not
+be called from there: a callback only says what is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from ctypes import CDLL, CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_uint64, c_void_p
+from functools import cache
+from typing import Any, Final
+
+from rbdnbd.errors import RbdnbdError
+from rbdnbd.spec import ClusterOptions, ImageSpec
+
+_Callback = CFUNCTYPE(None, c_void_p)
+_PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {  # the result, then the arguments
+    "rados_create2": (c_int, POINTER(c_void_p), c_char_p, c_char_p, c_uint64),
+    "rados_conf_set": (c_int, c_void_p, c_char_p, c_char_p),
+    "rados_conf_read_file": (c_int, c_void_p, c_char_p),
+    "rados_connect": (c_int, c_void_p),
+    "rados_shutdown": (None, c_void_p),
+    "rados_ioctx_create": (c_int, c_void_p, c_char_p, POINTER(c_void_p)),
+    "rados_ioctx_set_namespace": (None, c_void_p, c_char_p),
+    "rados_ioctx_destroy": (None, c_void_p),
+    "rbd_open": (c_int, c_void_p, c_char_p, POINTER(c_void_p), c_char_p),
+    "rbd_close": (c_int, c_void_p),
+    "rbd_quiesce_watch": (c_int, c_void_p, _Callback, _Callback, c_void_p, POINTER(c_uint64)),
+    "rbd_quiesce_unwatch": (c_int, c_void_p, c_uint64),
+    "rbd_quiesce_complete": (None, c_void_p, c_uint64, c_int),
+}
+
+
+class QuiesceWatch:
+    """A watch on the snapshots of an image, until `close`.
+
+    `ask(True)` says that the image is to be quiesced, which is answered by `complete`, and
+    `ask(False)` that it may go on. `ask` is called on a thread of librbd and must return at once.
+    """
+
+    def __init__(
+        self, spec: ImageSpec, options: ClusterOptions, ask: Callable[[bool], None]
+    ) -> None:
+        """Open the image, whose pool is named, once more. Blocks; raises `RbdnbdError`."""
+        self._spec = spec
+        # librbd holds these two, and Python does not know.
+        self._callbacks = (_Callback(lambda _: ask(True)), _Callback(lambda _: ask(False)))
+        self._handle = c_uint64()
+        with ExitStack() as undo:
+            self._image = self._open(options, undo)
+            watch = (*self._callbacks, None, byref(self._handle))
+            self._call("rbd_quiesce_watch", self._image, *watch)
+            undo.callback(self._call, "rbd_quiesce_unwatch", self._image, self._handle)
+            self._undo = undo.pop_all()
+
+    def complete(self, status: int) -> None:
+        """Answer `ask(True)`: 0, or the errno that the snapshot is to fail with. Not from `ask`."""
+        _function("rbd_quiesce_complete")(self._image, self._handle, -status)
+
+    def close(self) -> None:
+        """Stop watching; no `ask` comes any more. Raises `RbdnbdError`."""
+        self._undo.close()
+
+    def _open(self, options: ClusterOptions, undo: ExitStack) -> c_void_p:
+        """Open a handle for writing, because one for reading only is not told of snapshots."""
+        spec, client, ioctx, image = self._spec, c_void_p(), c_void_p(), c_void_p()
+        who = (options.cluster.encode(), options.name.encode())
+        self._call("rados_create2", byref(client), *who, 0)
+        undo.callback(_function("rados_shutdown"), client)
+        for key, value in options.overrides().items():
+            self._call("rados_conf_set", client, key.encode(), value.encode())
+        # Without a file the environment or the overrides say all, or connecting fails.
+        _function("rados_conf_read_file")(client, options.conf.encode() or None)
+        self._call("rados_connect", client)
+        self._call("rados_ioctx_create", client, spec.pool.encode(), byref(ioctx))
+        undo.callback(_function("rados_ioctx_destroy"), ioctx)
+        _function("rados_ioctx_set_namespace")(ioctx, spec.namespace.encode())
+        self._call("rbd_open", ioctx, spec.image.encode(), byref(image), None)
+        undo.callback(self._call, "rbd_close", image)
+        return image
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        result = _function(name)(*arguments)
+        if result < 0:
+            message = f"cannot watch the snapshots of {self._spec}: {name}: {os.strerror(-result)}"
+            raise RbdnbdError(message, -result)
+
+
+@cache
+def _function(name: str) -> Callable[..., Any]:
+    """Return a C function of librados or librbd; calls of it release the GIL."""
+    function = CDLL("librados.so.2" if name.startswith("rados") else "librbd.so.1")[name]
+    function.restype, *function.argtypes = _PROTOTYPES[name]
+    return function
