@@ -2,8 +2,8 @@
 
 The (format, passphrase file) pairs are those of rbd-nbd, the image's own first, then its
 ancestors'. The passphrase is what the file holds. If that does not open the image, a newline at the
-end is left out: Ceph before 17.2.6 (16.2.15 is one of them) strips it, so an image may have been
-formatted either way.
+end is left out: 16.2.15 strips it and later ones do not, so an image may have been formatted either
+way.
 """
 
 from __future__ import annotations

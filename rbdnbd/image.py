@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from rbdnbd.cluster import blocklist, client_address, connect, open_pool
-from rbdnbd.cluster import default_pool as default_pool
 from rbdnbd.encryption import load_encryption
 from rbdnbd.errors import RbdnbdError, UsageError
 from rbdnbd.spec import ClusterOptions, ImageSpec

@@ -68,9 +68,9 @@ def run_attach(
     """Serve a device, `options.device`, whose process is gone, until it is released or detached.
 
     Without `spec`, all is as the device's record says. A predecessor that was killed is fenced; one
-    that lives is refused, or, with `take_from_living`, ended when our image is open (before that if
-    it keeps a lock), so that the device waits for a moment only. Main thread. Raises as
-    `run_mapping` does; the device is left as it was.
+    that lives is refused, or, with `take_from_living`, ended when our image is open, so that
+    the device waits for a moment only. Main thread. Raises as `run_mapping` does; the device is
+    left as it was.
     """
     life = Life()
     driver = NbdDriver()
@@ -86,14 +86,14 @@ def run_attach(
     end = partial(detach, device, cluster, say=log.info, driver=driver, run_dir=run_dir)
     options = replace(options, cookie=cookie)
     with ExitStack() as stack:
-        if predecessor and options.exclusive:
-            end()
         fate = stack.enter_context(Fate())
-        image = opened(stack, life, spec, cluster, options)
-        if predecessor and not options.exclusive:
+        image = opened(stack, life, spec, cluster, replace(options, exclusive=False))
+        if predecessor:
             end()
         fate.owner = Ownership(cookie, run_dir)
         _succeed(fate.owner.record, image, device)
+        if options.exclusive:  # only now: a dead owner is waited for until it is fenced
+            life.during(image.lock)
         fate.record(image, cluster, options)
         live(stack, life, fate, image, options, _reattaching(driver, index, options), ready)
 

@@ -36,7 +36,7 @@ def write_on():
             image.write(0, b"dead" * 1024)
             image.flush()
     except OSError as error:
-        print(error.errno, flush=True)
+        sys.stdout.write(f"{error.errno}\\n")  # in one piece
 
 spec, options = ImageSpec.parse(sys.argv[1]), ClusterOptions(**json.loads(sys.argv[2]))
 with open_image(spec, options, read_only=False, say=lambda doing: None) as image:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rbdnbd.image import RbdImage, default_pool
+from rbdnbd.cluster import default_pool
+from rbdnbd.image import RbdImage
 from rbdnbd.spec import ClusterOptions, ImageSpec
 from tests.support.contract import SIZE, ImageContract
 from tests.support.opening import opened, refusal

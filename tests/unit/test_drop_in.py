@@ -135,10 +135,11 @@ def test_an_option_may_stand_anywhere_in_any_spelling(words):
         ("--quiesce --quiesce-hook /q", {"quiesce_hook": "/q"}),
         ("--try-netlink --show-cookie", {}),
         ("--encryption-passphrase-file a", {"encryption": (("luks", "a"),)}),
-        (
+        pytest.param(
             "--encryption-format luks1 --encryption-format luks2 "
             "--encryption-passphrase-file a --encryption-passphrase-file b",
             {"encryption": (("luks1", "a"), ("luks2", "b"))},
+            id="layers",
         ),
     ],
 )
@@ -256,10 +257,11 @@ def test_list_is_short_for_list_mapped():
             "Encryption formats count does not match passphrase files count",
         ),
         ("list-mapped --format foo", "invalid output format: foo"),
-        (
+        pytest.param(
             "list-mapped -n foo",
             "error parsing 'foo': expected string of the form TYPE.ID, "
             "valid types are: auth, mon, osd, mds, mgr, client",
+            id="name",
         ),
         ("unmap /dev/sda", "invalid device path: /dev/sda (expected /dev/nbd{num})"),
         ("unmap /dev/nbd999999", "failed to open device: /dev/nbd999999"),
