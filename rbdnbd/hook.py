@@ -21,6 +21,7 @@ from typing import Final
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.image import RbdImage
 from rbdnbd.librbd import QuiesceWatch
+from rbdnbd.pressure import relenting
 
 log = logging.getLogger(__name__)
 
@@ -105,23 +106,12 @@ def run_hook(hook: str, device: str, command: str) -> int:
     """Run the hook to its end, log what it says, and return its exit status or an errno.
 
     It runs with none of our signals blocked and without the variables that are meant for us, in a
-    process group of its own, so that a Ctrl-C meant for us does not leave a device quiesced.
+    process group of its own, so that a Ctrl-C meant for us does not leave a device quiesced, and
+    memory that is short is its own concern (`pressure`).
     """
     output = os.memfd_create("hook")
     try:
-        pid = os.posix_spawnp(
-            hook,
-            [hook, device, command],
-            {name: value for name, value in os.environ.items() if name not in _OURS},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, output, 1),
-                (os.POSIX_SPAWN_DUP2, output, 2),
-            ],
-            setpgroup=0,
-            setsigmask=(),
-            setsigdef=_DEFAULT_SIGNALS,
-        )
+        pid = _spawn([hook, device, command], output)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         said = os.pread(output, os.fstat(output).st_size, 0).decode(errors="replace")
     except OSError as error:
@@ -137,3 +127,20 @@ def run_hook(hook: str, device: str, command: str) -> int:
         *(hook, device, command, status),
     )
     return status if status >= 0 else errno.EIO
+
+
+def _spawn(argv: list[str], output: int) -> int:
+    with relenting():
+        return os.posix_spawnp(
+            argv[0],
+            argv,
+            {name: value for name, value in os.environ.items() if name not in _OURS},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, output, 1),
+                (os.POSIX_SPAWN_DUP2, output, 2),
+            ],
+            setpgroup=0,
+            setsigmask=(),
+            setsigdef=_DEFAULT_SIGNALS,
+        )

@@ -26,6 +26,7 @@ from rbdnbd.kernel import Attachment, NbdDriver
 from rbdnbd.life import Life
 from rbdnbd.live import Bind, Fate, Ready, live, opened
 from rbdnbd.mapped import detach, on_device
+from rbdnbd.pressure import endure
 from rbdnbd.record import Ownership, Record, find
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 from rbdnbd.wire import Export
@@ -44,11 +45,12 @@ def run_mapping(
 
     Main thread. Raises `RbdnbdError` and `Interrupted`, with everything undone.
     """
-    life = Life()
     driver = NbdDriver()
+    driver.load(options.nbds_max, options.max_part)
+    endure()
+    life = Life()
     options = replace(options, cookie=options.cookie or str(uuid.uuid4()))
     with ExitStack() as stack:
-        driver.load(options.nbds_max, options.max_part)
         fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
         fate.device_is_ours()
         image = opened(stack, life, spec, cluster, options)
@@ -72,8 +74,8 @@ def run_attach(
     the device waits for a moment only. Main thread. Raises as `run_mapping` does; the device is
     left as it was.
     """
-    life = Life()
-    driver = NbdDriver()
+    endure()
+    life, driver = Life(), NbdDriver()
     assert options.device is not None
     device, index = options.device, driver.devices.index(options.device)
     cookie = _cookie_on(index, driver.devices, options)
