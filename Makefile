@@ -31,8 +31,10 @@ lint:
 
 install:
 	@contrib/install.sh "$(LIB)" "$(PREFIX)/bin"
+	@contrib/install-host-files.sh install "$(PREFIX)"
 
 uninstall:
+	@contrib/install-host-files.sh uninstall "$(PREFIX)"
 	rm -rf "$(LIB)" "$(PREFIX)/bin/rbdnbd"
 
 install-drop-in: install

@@ -9,7 +9,6 @@ only waits for the other would otherwise spend most of its time on importing.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ import click
 
 import rbdnbd
 from rbdnbd import daemon
+from rbdnbd.cli_list import list_mapped, name_command, stats_command
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Interrupted, RbdnbdError
 from rbdnbd.options import (
@@ -59,6 +59,9 @@ def cli(ctx: click.Context) -> None:
 @cli.command("map", cls=_Words)
 @image_options()
 @click.option("--device", metavar="/dev/nbdN", help="Use this device.  [default: a free one]")
+@click.option(
+    "--or-attach", is_flag=True, help="Go on with a device of the image whose process is gone."
+)
 @mapping_options
 @map_only_options
 @process_options
@@ -71,13 +74,16 @@ def map_command(
     cluster: ClusterOptions,
     options: MapOptions,
     device: str | None,
+    or_attach: bool,
     foreground: bool,
     log_file: str | None,
     show_cookie: bool,
 ) -> None:
     """Map an image to a block device and print the device.
 
-    Returns once the device is live; a background process serves it until `rbdnbd unmap`.
+    Returns once the device is live; a background process serves it until `rbdnbd unmap`. With
+    --or-attach a device of the same image that has been left by its process, or whose process was
+    killed, is served further, with the options that it was mapped with, and none is mapped.
     """
     if device:
         NbdDevices().index(device)
@@ -86,10 +92,11 @@ def map_command(
         _start("map", ctx.meta["words"], show_cookie)
         return
     from rbdnbd.logs import log_to
-    from rbdnbd.mapping import run_mapping
+    from rbdnbd.mapping import run_mapping, run_mapping_or_attach
 
     cluster = log_to(log_file, cluster)
-    run_mapping(spec, cluster, replace(options, device=device), _ready(show_cookie))
+    run = run_mapping_or_attach if or_attach else run_mapping
+    run(spec, cluster, replace(options, device=device), _ready(show_cookie))
 
 
 @cli.command("attach", cls=_Words)
@@ -163,36 +170,6 @@ def unmap_command(target: str, force: bool, cluster: ClusterOptions) -> None:
     unmap(target, cluster, force=force, say=_say, driver=NbdDriver())
 
 
-@cli.command("list-mapped")
-@click.option("--format", "style", type=click.Choice(["plain", "json"]), default="plain")
-def list_mapped(style: str) -> None:
-    """List the mappings of this host."""
-    from rbdnbd.listing import KEYS, listing
-    from rbdnbd.mapped import mapped
-
-    documents = mapped(NbdDevices())
-    if style == "plain":
-        click.echo(listing(documents, style, pretty=False), nl=False)
-    else:
-        keys = (*KEYS, "size", "read_only", "attached_by", "since")
-        click.echo(json.dumps([{key: document[key] for key in keys} for document in documents]))
-
-
-@cli.command("stats")
-@click.option("--format", "style", type=click.Choice(["plain", "json"]), default="plain")
-def stats_command(style: str) -> None:
-    """Show what every mapping has done, and what it is doing."""
-    from rbdnbd.mapped import mapped
-    from rbdnbd.report import statistics
-
-    documents = mapped(NbdDevices())
-    if style == "plain":
-        click.echo(statistics(documents), nl=False)
-    else:
-        keys = ("device", "pool", "namespace", "image", "snap", "stats", "in_flight")
-        click.echo(json.dumps([{key: document[key] for key in keys} for document in documents]))
-
-
 @cli.command("serve")
 @image_options()
 @click.option("--socket", "path", type=click.Path(path_type=Path), help="Listen on a unix socket.")
@@ -231,6 +208,10 @@ def serve(
         click.echo(uri(sock, export))
 
     run_server(spec, cluster, listen, ready, MapOptions(read_only=read_only))
+
+
+for command in (list_mapped, name_command, stats_command):
+    cli.add_command(command)
 
 
 def main() -> NoReturn:

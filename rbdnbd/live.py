@@ -31,6 +31,7 @@ from rbdnbd.hook import quiescing
 from rbdnbd.image import RbdImage, open_image
 from rbdnbd.kernel import Attachment
 from rbdnbd.life import Life
+from rbdnbd.names import announce
 from rbdnbd.record import Ownership, Record
 from rbdnbd.resize import following
 from rbdnbd.server import Connection
@@ -173,6 +174,7 @@ def _accompany(
     size = connection.export.size
     stack.enter_context(following(image.size, size, resize_device, connection.resize))
     stack.enter_context(Control(_describer(image, connection, attachment, options)))
+    announce(attachment.index, devices)
 
 
 @contextmanager

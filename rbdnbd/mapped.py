@@ -19,7 +19,7 @@ from rbdnbd import daemon
 from rbdnbd.cluster import default_pool
 from rbdnbd.control import RUN_DIR, Document, mappings
 from rbdnbd.devices import NbdDevices
-from rbdnbd.errors import NoProcess, NotMapped, RbdnbdError
+from rbdnbd.errors import Busy, NoProcess, NotMapped, RbdnbdError
 from rbdnbd.kernel import NbdDriver
 from rbdnbd.record import Ownership, Record, find, owned
 from rbdnbd.spec import ClusterOptions, ImageSpec
@@ -51,6 +51,22 @@ def orphan(index: int, devices: NbdDevices, run_dir: Path = RUN_DIR) -> Record |
     if cookie is None or owned(cookie, run_dir):
         return None
     return find(cookie, run_dir)
+
+
+def left_behind(
+    spec: ImageSpec, cluster: ClusterOptions, devices: NbdDevices, run_dir: Path = RUN_DIR
+) -> str | None:
+    """Return the device of an image that has lost its process; None if there is none.
+
+    Raises `Busy` if a living process has the image mapped, `RbdnbdError` for several devices.
+    """
+    try:
+        index = _index_of(spec, cluster, devices, run_dir)
+    except NotMapped:
+        return None
+    if document := on_device(index, devices, run_dir):
+        raise Busy(f"{spec} is mapped to {devices.path(index)} by process {document['id']}")
+    return str(devices.path(index))
 
 
 def spec_of(document: Document) -> ImageSpec:

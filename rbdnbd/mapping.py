@@ -25,7 +25,7 @@ from rbdnbd.image import RbdImage, fence
 from rbdnbd.kernel import Attachment, NbdDriver
 from rbdnbd.life import Life
 from rbdnbd.live import Bind, Fate, Ready, live, opened
-from rbdnbd.mapped import detach, on_device
+from rbdnbd.mapped import detach, left_behind, on_device
 from rbdnbd.pressure import endure
 from rbdnbd.record import Ownership, Record, find
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
@@ -56,6 +56,29 @@ def run_mapping(
         image = opened(stack, life, spec, cluster, options)
         fate.record(image, cluster, options)
         live(stack, life, fate, image, options, _attaching(driver, options), ready)
+
+
+def run_mapping_or_attach(
+    spec: ImageSpec,
+    cluster: ClusterOptions,
+    options: MapOptions,
+    ready: Ready,
+    run_dir: Path = RUN_DIR,
+) -> None:
+    """Go on with the device that a process of ours has left of the image; else map it.
+
+    So a service that is started again after a crash, or to be upgraded, does not map a second
+    device. It goes on with the options that the device was mapped with. Main thread. Raises
+    as `run_attach` and `run_mapping` do, and `Busy` if a living process has the image mapped.
+    """
+    device = left_behind(spec, cluster, NbdDevices(), run_dir)
+    if device is None:
+        run_mapping(spec, cluster, options, ready, run_dir)
+        return
+    if options.device not in (None, device):
+        raise RbdnbdError(f"{spec} has been left on {device}, not on {options.device}")
+    log.info("%s has been left on %s: going on there", spec, device)
+    run_attach(None, cluster, replace(options, device=device), ready, run_dir)
 
 
 def run_attach(

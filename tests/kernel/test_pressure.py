@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,20 +67,28 @@ def kib(pid: int, what: str) -> int:
 
 
 @contextmanager
-def cgroup(name: str, pid: int | None = None) -> Iterator[Path]:
-    """Make a cgroup with a memory controller, for a process that is put back in the end."""
+def cgroup(name: str) -> Iterator[Path]:
+    """Make a cgroup with a memory controller; what is left in it is put outside in the end."""
     (CGROUPS / "cgroup.subtree_control").write_text("+memory")
     path = CGROUPS / f"rbdnbd-test-{name}"
     path.mkdir()
     try:
-        if pid is not None:
-            (path / "cgroup.procs").write_text(str(pid))
         yield path
     finally:
-        if pid is not None:
-            (CGROUPS / "cgroup.procs").write_text(str(pid))
+        for pid in (path / "cgroup.procs").read_text().split():
+            (CGROUPS / "cgroup.procs").write_text(pid)
         wait_until(lambda: "populated 0" in (path / "cgroup.events").read_text(), 10, "it is empty")
         path.rmdir()
+
+
+@contextmanager
+def inside(group: Path) -> Iterator[None]:
+    """Be in a cgroup, so that whoever is started has its memory accounted there from the start."""
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        (CGROUPS / "cgroup.procs").write_text(str(os.getpid()))
 
 
 @contextmanager
@@ -126,31 +135,30 @@ def test_the_quiesce_hook_is_neither_an_io_flusher_nor_spared(
 def test_the_process_is_not_swapped_out_to_the_device_that_it_serves(
     mapping: Callable[..., tuple[str, int]],
 ) -> None:
-    device, pid = mapping("256M")
-    with swap_space(device), cgroup("server", pid) as group:
-        with suppress(BlockingIOError):  # less can be reclaimed than that
-            (group / "memory.reclaim").write_text("64M")
-        assert kib(pid, "VmSwap") == 0
+    with cgroup("server") as group:
+        with inside(group):
+            device, pid = mapping("64M")
+        with swap_space(device):
+            with suppress(BlockingIOError):  # less can be reclaimed than that
+                (group / "memory.reclaim").write_text("64M")
+            assert kib(pid, "VmSwap") == 0
 
 
 def test_a_process_that_needs_more_memory_than_it_may_have_goes_on_by_swapping_to_the_device(
     mapping: Callable[..., tuple[str, int]],
 ) -> None:
-    device, pid = mapping("256M")
-    with swap_space(device), cgroup("server", pid), cgroup("hog") as group:
+    with cgroup("server") as servers, cgroup("hog") as group:
+        with inside(servers):
+            device, _ = mapping("128M")
         (group / "memory.max").write_text(str(20 * MIB))
-        done = subprocess.run(
-            [
-                *("sh", "-c", f'echo $$ >{group}/cgroup.procs; exec "$0" "$@"'),
-                *(sys.executable, "-c", HOG.format(size=32 * MIB)),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert (done.returncode, done.stdout) == (0, "every page is what was written\n"), (
-            done.stderr
-        )
+        with swap_space(device), inside(group):
+            done = subprocess.run(
+                [sys.executable, "-c", HOG.format(size=32 * MIB)],
+                capture_output=True,
+                text=True,
+                timeout=200,
+                check=False,
+            )
+        assert (done.returncode, done.stdout) == (0, "every page is what was written\n")
     written = int(Path(f"/sys/block/{Path(device).name}/stat").read_text().split()[6]) * 512
     assert written > 8 * MIB

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import pytest
 
 import rbdnbd
-from rbdnbd import cli
+from rbdnbd import cli, cli_list
 from rbdnbd.control import Control, Document
 from rbdnbd.devices import NbdDevices
 from rbdnbd.mapped import mapped
 
-COMMANDS = ("attach", "detach", "list-mapped", "map", "serve", "stats", "unmap")
+COMMANDS = ("attach", "detach", "list-mapped", "map", "name", "serve", "stats", "unmap")
 
 
 class Done(NamedTuple):
@@ -240,7 +240,7 @@ def machine(tmp_path, tmp_path_factory, monkeypatch) -> Iterator[Machine]:
         monkeypatch.setattr(
             "rbdnbd.mapped.mapped", functools.partial(mapped, run_dir=machine.run_dir)
         )
-        monkeypatch.setattr(cli, "NbdDevices", lambda: machine.devices)
+        monkeypatch.setattr(cli_list, "NbdDevices", lambda: machine.devices)
         yield machine
 
 

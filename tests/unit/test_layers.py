@@ -53,12 +53,14 @@ MAY_IMPORT = {
 
 TOP = {
     "__main__": {"cli"},
-    "cli": {"options", "mapping", "mapped", "serving"},
+    "cli": {"cli_list", "options", "mapping", "mapped", "serving"},
+    "cli_list": {"mapped", "names"},
     "drop_in": {"mapping", "mapped"},
     "options": set(),
     "mapping": {"live", "mapped"},
     "serving": {"live"},
-    "live": set(),
+    "live": {"names"},
+    "names": {"mapped"},
     "mapped": set(),
 }
 """The rooms at the top, which may import everything below them, and what of the top as well."""
@@ -70,7 +72,7 @@ ONLY_IN = {
     "fcntl.ioctl": {"ioctl"},
     "resource": {"pressure"},
     "socket.AF_NETLINK": {"netlink"},
-    "click": {"cli", "options"},
+    "click": {"cli", "cli_list", "options"},
     "subprocess": {"daemon", "modprobe"},
     "os.posix_spawnp": {"hook"},
     "multiprocessing": set(),

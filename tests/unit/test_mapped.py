@@ -14,10 +14,11 @@ import pytest
 
 from rbdnbd import mapped as room
 from rbdnbd.control import Control, Document
-from rbdnbd.errors import RbdnbdError, UsageError
+from rbdnbd.errors import Busy, RbdnbdError, UsageError
 from rbdnbd.kernel import NbdDriver
-from rbdnbd.mapped import mapped, spec_of, unmap
+from rbdnbd.mapped import left_behind, mapped, spec_of, unmap
 from rbdnbd.netlink import FamilyNotFoundError
+from rbdnbd.record import Ownership, Record
 from rbdnbd.spec import ClusterOptions, ImageSpec
 from tests.support.nbd_driver import FakeDriver
 
@@ -59,6 +60,20 @@ class Host:
         """Have the kernel and a process agree that the image is on the device."""
         self.fake.connect(index, 1 << 20)
         self.answers(index, spec, pid)
+
+    def loses(self, index: int, spec: str) -> None:
+        """Have a process die that has served the image on the device."""
+        self.fake.connect(index, 1 << 20)
+        self.fake.show(index, "backend", f"cookie of {spec}")
+        owner = Ownership(f"cookie of {spec}", self.run_dir)
+        details = {"image_id": "", "address": "", "cluster": ClusterOptions(), "options": {}}
+        image = ImageSpec.parse(spec)
+        owner.write(Record(cookie=f"cookie of {spec}", spec=image, **details))
+        owner.give_up()
+
+    def left_behind(self, spec: str) -> str | None:
+        image = ImageSpec.parse(spec)
+        return left_behind(image, ClusterOptions(), self.fake.devices, self.run_dir)
 
     def listed(self) -> list[str]:
         return [
@@ -268,3 +283,21 @@ def test_a_device_that_has_a_new_owner_is_not_taken_for_its_old_one(host):
     backend = host.fake.devices.sys / "block/nbd0/backend"
     backend.write_text("cookie of rbd/new\n")
     assert host.listed() == [f"{host.device(0)} rbd/new"]
+
+
+def test_the_device_of_a_dead_process_is_found_by_its_image(host):
+    host.loses(0, "rbd/other")
+    host.loses(3, "rbd/vol")
+    assert host.left_behind("rbd/vol") == host.device(3)
+
+
+def test_an_image_that_nobody_has_mapped_has_left_no_device(host):
+    host.loses(0, "rbd/other")
+    assert host.left_behind("rbd/vol") is None
+
+
+def test_an_image_that_a_living_process_has_mapped_is_busy(host):
+    host.maps(2, "rbd/vol")
+    with pytest.raises(Busy) as refused:
+        host.left_behind("rbd/vol")
+    assert refused.value.message == f"rbd/vol is mapped to {host.device(2)} by process {GONE}"
