@@ -6,7 +6,7 @@
 # With DESTDIR the files go below it and nothing is told. udev and systemd look below /usr/local and
 # /usr only: with another PREFIX the files lie there, to be linked by hand.
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 action=$1 prefix=$2
 root=${DESTDIR:-}
 rule=$prefix/lib/udev/rules.d/59-rbdnbd.rules
@@ -21,9 +21,9 @@ put() { # MODE SOURCE TARGET
 
 case $action in
 install)
-    put 644 udev/59-rbdnbd.rules "$rule"
-    put 644 systemd/rbdnbd@.service "$unit"
-    put 755 systemd/rbdnbd-systemd-stop "$stop"
+    put 644 contrib/udev/59-rbdnbd.rules "$rule"
+    put 644 contrib/systemd/rbdnbd@.service "$unit"
+    put 755 contrib/systemd/rbdnbd-systemd-stop "$stop"
     ;;
 uninstall)
     rm -f "$root$rule" "$root$unit" "$root$stop"

@@ -3,7 +3,7 @@
 When memory runs out the kernel writes dirty pages, to our device among others, and only then has
 memory to give. If we wait for that memory, both wait for ever. So a process that serves a device
 of the kernel's is an IO flusher: what the kernel allocates for it never waits for IO, and its own
-writes are not slowed down for other's dirty pages (prctl(2), Linux 5.6). Its pages stay in memory
+writes are not slowed down for others' dirty pages (prctl(2), Linux 5.6). Its pages stay in memory
 once they have been touched (mlockall(2)), because reading them back could need what it serves, and
 it is the last to be killed (proc(5)). An IO flusher's threads are IO flushers too, if they are
 started later.
