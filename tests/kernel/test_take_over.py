@@ -175,3 +175,20 @@ def test_a_resize_by_anyone_is_seen_by_the_device_within_seconds(
     with open(device, "r+b", buffering=0) as disk:
         assert os.pwrite(disk.fileno(), b"end".ljust(4096), (24 << 20) - 4096) == 4096
     succeed(rbdnbd("unmap", device))
+
+
+def test_map_or_attach_maps_goes_on_after_a_kill_9_and_refuses_a_living_process(
+    rbdnbd: Command, image: MakeImage
+) -> None:
+    spec = image("16M")
+    device = succeed(rbdnbd("map", "--or-attach", spec))
+    pid = process_of(rbdnbd, device)
+    refused = rbdnbd("map", "--or-attach", spec)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        f"rbdnbd: {spec} is mapped to {device} by process {pid}\n",
+    )
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: succeed(rbdnbd("list-mapped")) == "", 20, "it is not listed any more")
+    assert succeed(rbdnbd("map", "--or-attach", spec)) == device
+    succeed(rbdnbd("unmap", device))
