@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ Rbd = Callable[..., str]
 LINKS = Path("/dev/rbd-nbd")
 UUID = "6f70f8c4-7c4f-4b0e-9a5c-3d1f0c3c2a11"
 SETTLE_SECONDS = 30
+NETLINK_KOBJECT_UEVENT = 15
+KERNEL_EVENTS = 1
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,24 @@ def test_a_device_has_its_images_name_as_long_as_it_is_mapped(
     succeed(rbdnbd("unmap", device))
     settle()
     assert links() == {}
+
+
+@pytest.mark.parametrize("way", [(), ("--ioctl",)], ids=["netlink", "ioctl"])
+def test_a_device_is_announced_by_its_process_however_soon_udev_has_asked_before(
+    way: tuple[str, ...], rbdnbd: Command, image: MakeImage
+) -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT) as sock:
+        sock.bind((0, KERNEL_EVENTS))
+        device = succeed(rbdnbd("map", image("16M"), *way))
+        sock.setblocking(False)
+        events = []
+        with suppress(BlockingIOError):
+            while True:
+                events.append(sock.recv(65536).split(b"\0"))
+    what = f"change@/devices/virtual/block/{Path(device).name}".encode()
+    ours = [event for event in events if event[0] == what and b"SYNTH_UUID=0" in event]
+    assert len(ours) == 1
+    succeed(rbdnbd("unmap", device))
 
 
 def test_partitions_are_numbered_and_go_with_the_device(rbdnbd: Command, image: MakeImage) -> None:
