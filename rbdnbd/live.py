@@ -91,6 +91,8 @@ class Fate:
     def record(self, image: RbdImage, cluster: ClusterOptions, options: MapOptions) -> None:
         """Write down what a successor needs, before the device goes live."""
         assert self.owner is not None
+        if self.owner.record is None:  # begun by us, it goes if we fail: the device is a stranger's
+            self._ours = True
         self.owner.write(
             Record(
                 cookie=options.cookie,

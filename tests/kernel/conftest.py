@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from testbed import places
+from tests.support.rbd_nbd import OURS, STOCK, Run, runner
 from tests.support.waiting import wait_until
 
 DEVICES = 16
@@ -86,6 +88,23 @@ _NUMBERS = itertools.count()
 
 
 @pytest.fixture
+def evict(ceph_conf: Path, rbd: Callable[..., str]) -> Callable[[str], None]:
+    """Blocklist the watchers of an image, whose processes were killed, so that it can be removed.
+
+    They would go by themselves after 30 seconds.
+    """
+
+    def evict(spec: str) -> None:
+        for watcher in json.loads(rbd("status", "--format", "json", spec))["watchers"]:
+            argv = ["ceph", "--conf", str(ceph_conf), "osd", "blocklist", "add", watcher["address"]]
+            subprocess.run(argv, check=True, capture_output=True)
+        status = ("status", "--format", "json", spec)
+        wait_until(lambda: not json.loads(rbd(*status))["watchers"], 40, "the watchers are gone")
+
+    return evict
+
+
+@pytest.fixture
 def rbdnbd(ceph_conf: Path) -> Command:
     """Run the product's command as a user would, with the cluster as Ceph's default.
 
@@ -108,9 +127,21 @@ def rbdnbd(ceph_conf: Path) -> Command:
     return run
 
 
+@pytest.fixture
+def ours(ceph_conf: Path) -> Run:
+    """Run our rbd-nbd: `ours("map", spec)`."""
+    return runner(OURS, CEPH_CONF=str(ceph_conf))
+
+
+@pytest.fixture
+def stock(ceph_conf: Path) -> Run:
+    """Run Ceph's rbd-nbd of this host."""
+    return runner(STOCK, CEPH_CONF=str(ceph_conf))
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(image: Callable[..., str]) -> Iterator[None]:
-    """Fail the test after which a device is in use or an rbdnbd process runs.
+    """Fail the test after which a device is in use, or a process of rbdnbd or any rbd-nbd runs.
 
     It asks for `image` so that it looks before the images are removed, and after all else.
     """
@@ -130,14 +161,17 @@ def _devices_in_use() -> list[str]:
     return [device for device in found if device not in _GIVEN_UP]
 
 
+_NAMES = {"rbdnbd", "rbdnbd.drop_in", "rbd-nbd"}
+
+
 def _rbdnbd_processes() -> dict[str, int]:
-    """Return the running rbdnbd commands, each by what describes it."""
+    """Return the running commands of rbdnbd and of any rbd-nbd, each by what describes it."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and entry.name != str(os.getpid()):
             with suppress(FileNotFoundError, ProcessLookupError):
                 argv = (entry / "cmdline").read_bytes().decode().split("\0")
-                if "rbdnbd" in argv or Path(argv[0]).name == "rbdnbd":
+                if _NAMES & {*argv[1:], Path(argv[0]).name}:
                     found[f"process {entry.name} ({' '.join(argv).strip()})"] = int(entry.name)
     return found
 
