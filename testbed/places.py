@@ -20,6 +20,8 @@ from typing import ClassVar
 from testbed.cluster import LocalCluster
 from testbed.debian13 import run_in_container
 from testbed.elsewhere import Ended, PlaceLost, Say
+from testbed.engine import docker_engine
+from testbed.images import debian13_root
 from testbed.kernel import debian_kernel
 from testbed.processes import Unavailable
 from testbed.qemu import accelerator
@@ -27,6 +29,8 @@ from testbed.vm import VM, VMLost
 
 ROOT = Path(__file__).resolve().parent.parent
 CEPH_CONF = "RBDNBD_TEST_CEPH_CONF"
+DEBIAN13_ROOT = "RBDNBD_TEST_DEBIAN13_ROOT"
+DEBIAN13_TESTS = "test_debian13"  # how the names of files begin whose tests need that root
 PRINTED_LINES = 30
 
 
@@ -59,6 +63,14 @@ def ceph_conf(say: Say) -> Iterator[Path]:
         yield cluster.conf
 
 
+def debian13(say: Say) -> Path:
+    """Return the root of Debian 13 that RBDNBD_TEST_DEBIAN13_ROOT names, or make one."""
+    if given := os.environ.get(DEBIAN13_ROOT):
+        return Path(given)
+    with docker_engine(say):
+        return debian13_root(say)
+
+
 @dataclass(frozen=True, slots=True)
 class KernelVM:
     """A VM with Debian's kernel on this host's files.
@@ -86,6 +98,7 @@ class KernelVM:
         pytest = (sys.executable, "-m", "pytest", "-p", "pytest_timeout")
         vm = VM(console=console, shares=[self.directory], limit=self.limit)
         try:
+            env = self._environment(arguments, say)
             say("looking for Debian's kernel")
             kernel = debian_kernel()
             say(f"booting Linux {kernel.release} ({accelerator(kernel)})")
@@ -93,11 +106,7 @@ class KernelVM:
                 outcome = vm.run(
                     [*pytest, f"--timeout={self.test_seconds}", *arguments],
                     cwd=ROOT,
-                    env={
-                        CEPH_CONF: str(self.ceph_conf),
-                        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-                        "PYTHONDONTWRITEBYTECODE": "1",
-                    },
+                    env=env,
                     output=lambda data: void(printed.write(data)),
                     stop=stop,
                 )
@@ -105,6 +114,17 @@ class KernelVM:
             raise PlaceLost(f"{error}\n{_tail(log)}") from error
         complaints = [f"the VM's kernel said: {line}" for line in outcome.trouble]
         return Ended(outcome.status, _tail(log), complaints)
+
+    def _environment(self, arguments: Sequence[str], say: Say) -> dict[str, str]:
+        """Return what tests in the VM are told; a Debian 13 is made only for those that want it."""
+        env = {
+            CEPH_CONF: str(self.ceph_conf),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        if any(Path(argument).name.startswith(DEBIAN13_TESTS) for argument in arguments):
+            env[DEBIAN13_ROOT] = str(debian13(say))
+        return env
 
 
 @dataclass(frozen=True, slots=True)
