@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,16 @@ def ours(ceph_conf: Path) -> Run:
 def stock(ceph_conf: Path) -> Run:
     """Run Ceph's rbd-nbd of this host."""
     return runner(STOCK, CEPH_CONF=str(ceph_conf))
+
+
+@pytest.fixture
+def beside_ours(ceph_conf: Path, tmp_path: Path) -> Run:
+    """Run Ceph's rbd with our rbd-nbd beside it, where it looks for its own."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    shutil.copy("/usr/bin/rbd", programs)
+    (programs / "rbd-nbd").symlink_to(*OURS)
+    return runner([str(programs / "rbd")], CEPH_CONF=str(ceph_conf))
 
 
 @pytest.fixture(autouse=True)
