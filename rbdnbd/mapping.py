@@ -53,7 +53,7 @@ def run_mapping(
     with ExitStack() as stack:
         fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
         fate.device_is_ours()
-        image = opened(stack, life, spec, cluster, options)
+        image = opened(stack, life, spec, _without_cache(cluster, options), options)
         fate.record(image, cluster, options)
         live(stack, life, fate, image, options, _attaching(driver, options), ready)
 
@@ -110,9 +110,9 @@ def run_attach(
 
     end = partial(detach, device, cluster, say=log.info, driver=driver, run_dir=run_dir)
     options = replace(options, cookie=cookie)
-    with ExitStack() as stack:
-        fate = stack.enter_context(Fate())
-        image = opened(stack, life, spec, cluster, replace(options, exclusive=False))
+    without_lock = replace(options, exclusive=False)
+    with Fate() as fate, ExitStack() as stack:
+        image = opened(stack, life, spec, _without_cache(cluster, options), without_lock)
         if predecessor:
             end()
         fate.owner = Ownership(cookie, run_dir)
@@ -121,6 +121,18 @@ def run_attach(
             life.during(image.lock)
         fate.record(image, cluster, options)
         live(stack, life, fate, image, options, _reattaching(driver, index, options), ready)
+
+
+def _without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOptions:
+    """Keep librbd from answering writes that only this process has yet, if it may have a successor.
+
+    The kernel does not repeat what has been answered. A write that only librbd's cache had would be
+    lost with a killed process, and the successor's next flush would say that it is stored. An
+    rbd_cache that was asked for on the command line stays.
+    """
+    if options.use_ioctl or not options.reattach_timeout:
+        return cluster
+    return replace(cluster, settings=(("rbd_cache", "false"), *cluster.settings))
 
 
 def _attaching(driver: NbdDriver, options: MapOptions) -> Bind:

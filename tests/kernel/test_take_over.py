@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -112,6 +113,26 @@ def test_after_kill_9_the_successor_fences_and_io_goes_on_without_an_error(
         attached = time.monotonic()
         wait_until(lambda: requests(device) > before + 50, 30, "IO goes on")
         assert time.monotonic() - attached < 15
+
+
+def test_what_was_answered_before_a_kill_9_is_there_after_the_attach(
+    rbdnbd: Command, device: str
+) -> None:
+    noise = mmap.mmap(-1, 4 << 20)  # as aligned as O_DIRECT wants it
+    noise.write(os.urandom(len(noise)))
+    file = os.open(device, os.O_RDWR | os.O_DIRECT)
+    try:
+        for offset in (0, 8 << 20, 16 << 20):
+            pid = process_of(rbdnbd, device)
+            os.fsync(file)  # librbd holds nothing back before the first flush
+            assert os.pwrite(file, noise, offset) == len(noise)
+            os.kill(pid, signal.SIGKILL)
+            succeed(rbdnbd("attach", "--device", device))
+            found = mmap.mmap(-1, len(noise))
+            assert os.preadv(file, [found], offset) == len(noise)
+            assert found[:] == noise[:], f"what was written at {offset} is lost"
+    finally:
+        os.close(file)
 
 
 def test_a_living_process_is_replaced_under_io(rbdnbd: Command, device: str) -> None:
