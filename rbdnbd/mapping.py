@@ -53,7 +53,7 @@ def run_mapping(
     with ExitStack() as stack:
         fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
         fate.device_is_ours()
-        image = opened(stack, life, spec, _without_cache(cluster, options), options)
+        image = opened(stack, life, spec, without_cache(cluster, options), options)
         fate.record(image, cluster, options)
         live(stack, life, fate, image, options, _attaching(driver, options), ready)
 
@@ -112,7 +112,7 @@ def run_attach(
     options = replace(options, cookie=cookie)
     without_lock = replace(options, exclusive=False)
     with Fate() as fate, ExitStack() as stack:
-        image = opened(stack, life, spec, _without_cache(cluster, options), without_lock)
+        image = opened(stack, life, spec, without_cache(cluster, options), without_lock)
         if predecessor:
             end()
         fate.owner = Ownership(cookie, run_dir)
@@ -123,7 +123,7 @@ def run_attach(
         live(stack, life, fate, image, options, _reattaching(driver, index, options), ready)
 
 
-def _without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOptions:
+def without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOptions:
     """Keep librbd from answering writes that only this process has yet, if it may have a successor.
 
     The kernel does not repeat what has been answered. A write that only librbd's cache had would be

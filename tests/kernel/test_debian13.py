@@ -35,12 +35,15 @@ def test_it_is_ceph_18(newer: Debian13) -> None:
 
 
 @pytest.fixture
-def snapshot(image: MakeImage, rbd: Rbd) -> tuple[str, str]:
-    """An image with a snapshot, and the snapshot's id."""
+def snapshot(image: MakeImage, rbd: Rbd) -> Iterator[tuple[str, str]]:
+    """An image with a snapshot that can be named by its id only: one of a group."""
     spec = image("16M")
-    rbd("snap", "create", "--no-progress", f"{spec}@monday")
-    (found,) = json.loads(rbd("snap", "ls", "--format", "json", spec))
-    return spec, str(found["id"])
+    rbd("group", "create", "rbd/together")
+    rbd("group", "image", "add", "rbd/together", spec)
+    rbd("group", "snap", "create", "rbd/together@monday")
+    (found,) = json.loads(rbd("snap", "ls", "--all", "--format", "json", spec))
+    yield spec, str(found["id"])
+    rbd("group", "rm", "rbd/together")
 
 
 def test_rbd_device_maps_and_unmaps_a_snapshot_by_its_id(
