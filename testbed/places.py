@@ -83,7 +83,7 @@ class KernelVM:
     ceph_conf: Path
     name: ClassVar[str] = "vm"
     test_seconds: int = 300
-    limit: float = 1500.0
+    limit: float = 2400.0
 
     @property
     def patience(self) -> float:
