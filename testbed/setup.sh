@@ -14,7 +14,7 @@ demo_packages="python3 python3-venv python3-rados python3-rbd
     qemu-system-x86 busybox-static kmod util-linux"
 test_packages="$demo_packages
     file fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client
-    xfsprogs fdisk debootstrap systemd udev rbd-nbd"
+    xfsprogs fdisk debootstrap systemd udev procps rbd-nbd"
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
