@@ -1,0 +1,69 @@
+"""Who is measured: programs that serve an image, and librbd alone.
+
+An argv has places: {device} for /dev/nbdN, or {socket} for a unix socket, and {image}. A candidate
+without an argv is fio's own rbd engine.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+RBDNBD: Final = str(Path(sys.executable).with_name("rbdnbd"))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A name for the table, and how the program is started."""
+
+    name: str
+    argv: tuple[str, ...] = ()
+
+    @property
+    def is_fio(self) -> bool:
+        """Tell whether this is fio on librbd, without a server."""
+        return not self.argv
+
+    @property
+    def has_device(self) -> bool:
+        """Tell whether it attaches /dev/nbdN, rather than listening on a socket."""
+        return any("{device}" in word for word in self.argv)
+
+    def command(self, **places: str) -> list[str]:
+        """Return the argv with its places filled in."""
+        return [word.format(**places) for word in self.argv]
+
+
+def ours(name: str, *options: str) -> Candidate:
+    """Return rbdnbd with some options of `map`."""
+    attach = ("--ioctl", "--device", "{device}", "--foreground")
+    return Candidate(name, (RBDNBD, "map", *attach, *options, "{image}"))
+
+
+_STOCK_ARGV = ("rbd-nbd", "map", "--device", "{device}", "-f", "{image}")
+STOCK: Final = Candidate("rbd-nbd", _STOCK_ARGV)
+AGAIN: Final = Candidate("rbd-nbd again", _STOCK_ARGV)
+"""The same once more: how far it is from itself is what the other ratios may be off by."""
+OURS: Final = (ours("rbdnbd"),)
+OTHERS: Final = (
+    Candidate(
+        "qemu-nbd",
+        ("qemu-nbd", "--format=raw", "--persistent", "--socket={socket}", "rbd:{image}"),
+    ),
+    Candidate("librbd alone"),
+)
+
+
+def parsed(text: str) -> Candidate:
+    """Return the candidate of "NAME=ARGV"."""
+    name, equals, words = text.partition("=")
+    candidate = Candidate(name.strip(), tuple(shlex.split(words)))
+    if not equals or "{image}" not in words or ("{device}" in words) == ("{socket}" in words):
+        raise ValueError(
+            f"not a candidate: {text!r}; wanted is NAME=ARGV, with {{image}} in it, and with"
+            " {device} or {socket}"
+        )
+    return candidate

@@ -1,0 +1,69 @@
+"""The arithmetic: samples to medians, medians to ratios. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Figure = Literal["iops", "p50_us", "p99_us", "cpu_us"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One cell of one candidate in one round: `cpu_us` is the server's processor time a request.
+
+    `rss_kib` and `threads` are the server's at the end of it; 0 where there is no server.
+    """
+
+    iops: float
+    p50_us: float
+    p99_us: float
+    cpu_us: float
+    rss_kib: int = 0
+    threads: int = 0
+
+
+def median(samples: Sequence[Sample], figure: Figure) -> float:
+    """Return the median of a figure over the rounds."""
+    return statistics.median(getattr(sample, figure) for sample in samples)
+
+
+def ratio(ours: Sequence[Sample], theirs: Sequence[Sample], figure: Figure) -> float:
+    """Return the median, over the rounds, of how many times theirs ours is.
+
+    Round is compared with round, because a machine that drifts does so for both.
+    """
+    pairs = zip(ours, theirs, strict=True)
+    return statistics.median(
+        getattr(mine, figure) / getattr(its, figure) for mine, its in pairs
+    )
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """Return the n-th root of the product of n ratios."""
+    values = list(ratios)
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def turns(names: Sequence[str], number: int) -> list[str]:
+    """Return the order in which candidates take turns in round `number`.
+
+    Over as many rounds as there are candidates each stands in each place once, and every second
+    round goes the other way, so that nobody always follows the same one.
+    """
+    start = number % len(names)
+    order = [*names[start:], *names[:start]]
+    return order[::-1] if number % 2 else order
+
+
+def ratios(
+    results: Mapping[str, Mapping[str, Sequence[Sample]]], name: str, stock: str, figure: Figure
+) -> dict[str, float]:
+    """Return a candidate's ratio to the stock in each cell."""
+    return {
+        cell: ratio(samples, results[stock][cell], figure)
+        for cell, samples in results[name].items()
+    }

@@ -1,0 +1,79 @@
+"""fio's rbd engine: librbd in the process that makes the load, without any server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.candidates import Candidate
+from bench.cells import MIB, Cell
+from bench.figures import Sample
+from testbed.processes import Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Fio:
+    """fio on an image. Its processor time is the load's and librbd's together."""
+
+    candidate: Candidate
+    image: str
+    environment: Mapping[str, str]
+
+    def fill(self) -> None:
+        """Write the whole image, so that every object is there."""
+        self._fio("--rw=write", f"--bs={MIB}", "--iodepth=8")
+
+    def run(self, cell: Cell, seconds: float, warmup: float) -> Sample:
+        """Measure one cell."""
+        job = self._fio(
+            *options(cell), "--time_based", f"--runtime={seconds}s", f"--ramp_time={warmup}s"
+        )
+        return sample_of(job, seconds)
+
+    def _fio(self, *arguments: str) -> dict[str, Any]:
+        pool, image = self.image.split("/")
+        command = [
+            *("fio", "--name=bench", "--ioengine=rbd", "--clientname=admin", "--output-format=json"),
+            *(f"--pool={pool}", f"--rbdname={image}", "--percentile_list=50:99", *arguments),
+        ]
+        done = subprocess.run(
+            command, env=dict(self.environment), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise Unavailable(f"failed: {' '.join(command)}\n{done.stderr.strip()}")
+        job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+        if job["error"]:
+            raise Unavailable(f"fio ended with error {job['error']}: {' '.join(command)}")
+        return job
+
+
+def options(cell: Cell) -> Sequence[str]:
+    """Return a cell in fio's words; a FLUSH is its fsync, and librbd has no FUA."""
+    if 0 < cell.read < 100:
+        pattern, mix = "rw", [f"--rwmixread={cell.read}"]
+    else:
+        pattern, mix = "read" if cell.read else "write", []
+    return [
+        f"--rw={'rand' if cell.random else ''}{pattern}",
+        *mix,
+        f"--bs={cell.size}",
+        f"--iodepth={cell.depth}",
+        *(["--fsync=1"] if cell.sync else []),
+    ]
+
+
+def sample_of(job: Mapping[str, Any], seconds: float) -> Sample:
+    """Return the figures of a job of fio's JSON; a mix's latencies are those of its reads."""
+    ways = [job[way] for way in ("read", "write") if job[way]["total_ios"]]
+    iops = sum(way["iops"] for way in ways)
+    latencies = ways[0]["clat_ns"]["percentile"]
+    processor = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
+    return Sample(
+        iops=iops,
+        p50_us=latencies["50.000000"] / 1000,
+        p99_us=latencies["99.000000"] / 1000,
+        cpu_us=processor / (iops * seconds) * 1e6,
+    )
