@@ -1,1 +1,1 @@
-"""`make bench`: rbdnbd beside rbd-nbd, qemu-nbd and librbd alone, measured on one machine in turns."""
+"""`make bench`: rbdnbd beside rbd-nbd, qemu-nbd and librbd alone, in turns on one machine."""

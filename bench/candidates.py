@@ -6,6 +6,7 @@ without an argv is fio's own rbd engine.
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def parsed(text: str) -> Candidate:
     name, equals, words = text.partition("=")
     candidate = Candidate(name.strip(), tuple(shlex.split(words)))
     if not equals or "{image}" not in words or ("{device}" in words) == ("{socket}" in words):
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f"not a candidate: {text!r}; wanted is NAME=ARGV, with {{image}} in it, and with"
             " {device} or {socket}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -28,7 +29,7 @@ class Cell:
 
     def job(self, seconds: float, warmup: float) -> str:
         """Return the line that makes nbdload do it."""
-        words = {
+        words: dict[str, float | str] = {
             "bs": self.size,
             "depth": self.depth,
             "read": self.read,
@@ -60,5 +61,6 @@ def chosen(patterns: str) -> tuple[Cell, ...]:
     wanted = [pattern.strip() for pattern in patterns.split(";")]
     cells = tuple(cell for cell in CELLS if any(pattern in cell.name for pattern in wanted))
     if not cells:
-        raise ValueError(f"no cell is called {patterns}: there are {'; '.join(c.name for c in CELLS)}")
+        names = "; ".join(cell.name for cell in CELLS)
+        raise argparse.ArgumentTypeError(f"no cell is called {patterns}: there are {names}")
     return cells

@@ -26,9 +26,14 @@ class Sample:
     threads: int = 0
 
 
+def value(sample: Sample, figure: Figure) -> float:
+    """Return one figure of a sample."""
+    return float(getattr(sample, figure))
+
+
 def median(samples: Sequence[Sample], figure: Figure) -> float:
     """Return the median of a figure over the rounds."""
-    return statistics.median(getattr(sample, figure) for sample in samples)
+    return statistics.median(value(sample, figure) for sample in samples)
 
 
 def ratio(ours: Sequence[Sample], theirs: Sequence[Sample], figure: Figure) -> float:
@@ -37,9 +42,7 @@ def ratio(ours: Sequence[Sample], theirs: Sequence[Sample], figure: Figure) -> f
     Round is compared with round, because a machine that drifts does so for both.
     """
     pairs = zip(ours, theirs, strict=True)
-    return statistics.median(
-        getattr(mine, figure) / getattr(its, figure) for mine, its in pairs
-    )
+    return statistics.median(value(mine, figure) / value(its, figure) for mine, its in pairs)
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:

@@ -16,7 +16,7 @@ from testbed.processes import Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Fio:
-    """fio on an image. Its processor time is the load's and librbd's together."""
+    """fio on an image."""
 
     candidate: Candidate
     image: str
@@ -29,15 +29,30 @@ class Fio:
     def run(self, cell: Cell, seconds: float, warmup: float) -> Sample:
         """Measure one cell."""
         job = self._fio(
-            *options(cell), "--time_based", f"--runtime={seconds}s", f"--ramp_time={warmup}s"
+            *options(cell),
+            "--time_based",
+            f"--runtime={seconds * 1000:.0f}ms",  # fio takes no fractions
+            f"--ramp_time={warmup * 1000:.0f}ms",
         )
-        return sample_of(job, seconds)
+        return sample_of(job)
 
     def _fio(self, *arguments: str) -> dict[str, Any]:
         pool, image = self.image.split("/")
         command = [
-            *("fio", "--name=bench", "--ioengine=rbd", "--clientname=admin", "--output-format=json"),
-            *(f"--pool={pool}", f"--rbdname={image}", "--percentile_list=50:99", *arguments),
+            *(
+                "fio",
+                "--name=bench",
+                "--ioengine=rbd",
+                "--clientname=admin",
+                "--output-format=json",
+            ),
+            *(
+                f"--pool={pool}",
+                f"--rbdname={image}",
+                "--percentile_list=50:99",
+                "--lat_percentiles=1",
+                *arguments,
+            ),
         ]
         done = subprocess.run(
             command, env=dict(self.environment), capture_output=True, text=True, check=False
@@ -65,15 +80,20 @@ def options(cell: Cell) -> Sequence[str]:
     ]
 
 
-def sample_of(job: Mapping[str, Any], seconds: float) -> Sample:
-    """Return the figures of a job of fio's JSON; a mix's latencies are those of its reads."""
+def sample_of(job: Mapping[str, Any]) -> Sample:
+    """Return the figures of a job of fio's JSON.
+
+    A mix's latencies are those of its reads; with a flush behind each write they are the sum of
+    a write's and a flush's, each percentile by itself. There is no
+    server, so it has no processor time.
+    """
     ways = [job[way] for way in ("read", "write") if job[way]["total_ios"]]
-    iops = sum(way["iops"] for way in ways)
-    latencies = ways[0]["clat_ns"]["percentile"]
-    processor = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
+    latencies = [ways[0]["lat_ns"]["percentile"]]
+    if job["sync"]["total_ios"]:
+        latencies.append(job["sync"]["lat_ns"]["percentile"])
     return Sample(
-        iops=iops,
-        p50_us=latencies["50.000000"] / 1000,
-        p99_us=latencies["99.000000"] / 1000,
-        cpu_us=processor / (iops * seconds) * 1e6,
+        iops=sum(way["iops"] for way in ways),
+        p50_us=sum(latency["50.000000"] for latency in latencies) / 1000,
+        p99_us=sum(latency["99.000000"] for latency in latencies) / 1000,
+        cpu_us=0.0,
     )

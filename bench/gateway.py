@@ -16,7 +16,7 @@ from typing import Final
 
 from bench.build import SHIM
 from bench.candidates import Candidate
-from bench.cells import MIB, Cell
+from bench.cells import KIB, MIB, Cell
 from bench.figures import Sample
 from bench.load import START_SECONDS, Event, Load
 from testbed.processes import Unavailable
@@ -36,11 +36,15 @@ class Gateway:
     idle: Event
 
     def fill(self) -> None:
-        """Write the whole image, so that every object is there, and read it back."""
+        """Write the whole image, so that every object is there, and read it back.
+
+        The flush ends librbd's writing through, which it does until it has seen one.
+        """
         count = self.live["size"] // MIB
         sequential = f"bs={MIB} depth=8 random=0 count={count}"
         self.load.do(f"{sequential} read=0")
         self.load.do(f"{sequential} read=100 verify=1")
+        self.load.do(f"bs={4 * KIB} read=0 count=1 sync=flush")
 
     def run(self, cell: Cell, seconds: float, warmup: float) -> Sample:
         """Measure one cell."""

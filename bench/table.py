@@ -43,7 +43,7 @@ def samples_of(native: Mapping[str, Any]) -> dict[str, dict[str, list[Sample]]]:
 def figure_table(native: Mapping[str, Any], stock: str, figure: Figure) -> str:
     """Return one figure of every cell: the stock's own, and everybody's ratio to it."""
     samples = samples_of(native)
-    others = [name for name in samples if name != stock]
+    others = [name for name in samples if name != stock and has(samples[name], figure)]
     by_name = {name: ratios(samples, name, stock, figure) for name in others}
     rows = [
         [cell, number(median(samples[stock][cell], figure))]
@@ -54,6 +54,11 @@ def figure_table(native: Mapping[str, Any], stock: str, figure: Figure) -> str:
         f"{geometric_mean(by_name[name].values()):.2f}" for name in others
     ]
     return table([UNITS[figure], stock, *others], [*rows, mean])
+
+
+def has(cells: Mapping[str, Sequence[Sample]], figure: Figure) -> bool:
+    """Tell whether a candidate has a figure at all: librbd alone has no server's processor time."""
+    return all(getattr(sample, figure) for several in cells.values() for sample in several)
 
 
 def process_table(native: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Install what `make demo` or `make test` needs on a Debian machine: packages, and a virtual
+# Install what `make demo`, `make test` or `make bench` needs on a Debian machine: packages, and a virtual
 # environment in .venv that sees the distribution's rados and rbd. Does nothing that is done.
 #
-#   setup.sh demo|test
+#   setup.sh demo|test|bench
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -15,6 +15,7 @@ demo_packages="python3 python3-venv python3-rados python3-rbd
 test_packages="$demo_packages
     file fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client
     xfsprogs fdisk debootstrap systemd udev procps rbd-nbd"
+bench_packages="$demo_packages gcc libc6-dev fio qemu-utils qemu-block-extra rbd-nbd"
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
@@ -36,8 +37,9 @@ install_packages() {
 
 # The distribution's Python, because python3-rados and python3-rbd fit no other.
 make_venv() { # GROUP...
-    stamp=".venv/made-for $*"
-    [ "$stamp" -nt pyproject.toml ] && return 0
+    for stamp in ".venv/made-for $*"*; do # one with more groups will do
+        [ "$stamp" -nt pyproject.toml ] && return 0
+    done
     say "making the virtual environment .venv"
     /usr/bin/python3 -m venv --clear --system-site-packages .venv
     .venv/bin/pip install --quiet --disable-pip-version-check --upgrade pip
@@ -45,7 +47,7 @@ make_venv() { # GROUP...
     for group; do groups="$groups --group $group"; done
     # shellcheck disable=SC2086
     .venv/bin/pip install --quiet --editable . $groups
-    touch "$stamp"
+    touch ".venv/made-for $*"
 }
 
 command -v dpkg-query >/dev/null || die "this set-up knows Debian only; see docs/testing.md"
@@ -61,5 +63,10 @@ test)
     install_packages $test_packages
     make_venv test lint
     ;;
-*) die "usage: setup.sh demo|test" ;;
+bench)
+    # shellcheck disable=SC2086
+    install_packages $bench_packages
+    make_venv test lint bench
+    ;;
+*) die "usage: setup.sh demo|test|bench" ;;
 esac

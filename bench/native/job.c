@@ -5,6 +5,7 @@
  *   depth   requests in flight, over all connections
  *   read    per cent of them that read; the others write
  *   random  1: anywhere; 0: one after the other, going on where the last such job stopped
+ *   span    go no further than so many bytes from the image's beginning
  *   seconds, warmup   how long to measure, and how long to run before that
  *   count   measure so many requests instead
  *   sync    "flush": each write is followed by a FLUSH and counts when that is answered; "durable": the same, or
@@ -37,7 +38,7 @@
 struct job {
     unsigned bs, depth, read, random, verify;
     double seconds, warmup;
-    uint64_t count;
+    uint64_t count, span;
     char sync[16];
 };
 
@@ -81,7 +82,7 @@ static void enqueue(unsigned number) {
 
 static void submit(unsigned number) {
     struct slot *slot = &slots[number];
-    uint64_t blocks = target->size / job.bs;
+    uint64_t blocks = (job.span ? job.span : target->size) / job.bs;
     slot->offset = (job.random ? chance() % blocks : cursor++ % blocks) * job.bs;
     slot->type = chance() % 100 < job.read ? NBD_CMD_READ : NBD_CMD_WRITE;
     int fua = !strcmp(job.sync, "durable") && target->flags & NBD_FLAG_SEND_FUA;
@@ -259,10 +260,12 @@ static void read_job(char *line) {
         else if (!strcmp(word, "seconds")) job.seconds = strtod(value, NULL);
         else if (!strcmp(word, "warmup")) job.warmup = strtod(value, NULL);
         else if (!strcmp(word, "count")) job.count = strtoull(value, NULL, 10);
+        else if (!strcmp(word, "span")) job.span = strtoull(value, NULL, 10);
         else if (!strcmp(word, "sync")) snprintf(job.sync, sizeof job.sync, "%s", value);
         else die("no such key: %s", word);
     }
-    if (!job.bs || job.bs % SECTOR || job.bs > MAX_BYTES || job.bs > target->size || !job.depth || job.depth > MAX_DEPTH)
+    if (!job.bs || job.bs % SECTOR || job.bs > MAX_BYTES || job.bs > target->size || !job.depth || job.depth > MAX_DEPTH ||
+        (job.span && (job.span < job.bs || job.span > target->size)))
         die("no such job: bs=%u depth=%u on %llu bytes", job.bs, job.depth, (unsigned long long)target->size);
     if (*job.sync && !(target->flags & NBD_FLAG_SEND_FLUSH))
         die("the server offers no flush");
