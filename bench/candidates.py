@@ -38,17 +38,19 @@ class Candidate:
         return [word.format(**places) for word in self.argv]
 
 
-def ours(name: str, *options: str) -> Candidate:
-    """Return rbdnbd with some options of `map`."""
-    attach = ("--ioctl", "--device", "{device}", "--foreground")
-    return Candidate(name, (RBDNBD, "map", *attach, *options, "{image}"))
+ENGINES: Final[dict[str, tuple[str, ...]]] = {"rbdnbd": ()}
+"""Every way of ours to serve an image, by its name in the tables: options of `rbdnbd map`."""
 
 
 _STOCK_ARGV = ("rbd-nbd", "map", "--device", "{device}", "-f", "{image}")
 STOCK: Final = Candidate("rbd-nbd", _STOCK_ARGV)
 AGAIN: Final = Candidate("rbd-nbd again", _STOCK_ARGV)
 """The same once more: how far it is from itself is what the other ratios may be off by."""
-OURS: Final = (ours("rbdnbd"),)
+_ATTACH = ("--ioctl", "--device", "{device}", "--foreground")
+OURS: Final = tuple(
+    Candidate(name, (RBDNBD, "map", *_ATTACH, *options, "{image}"))
+    for name, options in ENGINES.items()
+)
 OTHERS: Final = (
     Candidate(
         "qemu-nbd",

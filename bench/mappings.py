@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench.candidates import RBDNBD
+from bench.candidates import ENGINES, RBDNBD
 from bench.figures import turns
 from bench.gateway import make_devices, shimmed
 from bench.load import START_SECONDS, Load
@@ -45,7 +45,10 @@ class Program:
 
 PROGRAMS: Final = (
     Program("rbd-nbd", ("rbd-nbd", "map"), "rbd-nbd"),
-    Program("rbdnbd", (RBDNBD, "map", "--ioctl"), RBDNBD),
+    *(
+        Program(name, (RBDNBD, "map", "--ioctl", *options), RBDNBD)
+        for name, options in ENGINES.items()
+    ),
 )
 
 

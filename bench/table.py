@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.figures import Figure, Sample, geometric_mean, median, ratios
+from bench.samples import samples_of
+from bench.targets import STOCK, Target, kernel_ratio, targets
 
 UNITS: Mapping[Figure, str] = {
     "iops": "requests a second",
@@ -29,18 +32,7 @@ def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
 
 
-def samples_of(native: Mapping[str, Any]) -> dict[str, dict[str, list[Sample]]]:
-    """Return the samples of the results file's native part."""
-    return {
-        name: {
-            cell: [Sample(**sample) for sample in several]
-            for cell, several in candidate["cells"].items()
-        }
-        for name, candidate in native.items()
-    }
-
-
-def figure_table(native: Mapping[str, Any], stock: str, figure: Figure) -> str:
+def figure_table(native: Mapping[str, Any], figure: Figure, stock: str = STOCK) -> str:
     """Return one figure of every cell: the stock's own, and everybody's ratio to it."""
     samples = samples_of(native)
     others = [name for name in samples if name != stock and has(samples[name], figure)]
@@ -79,6 +71,78 @@ def process_table(native: Mapping[str, Any]) -> str:
         )
     head = ["process", "idle, MiB", "under load, MiB", "idle, threads", "under load, threads"]
     return table(head, rows)
+
+
+def kernel_table(rates: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """Return every step through the kernel: the stock's rate, and everybody's ratio to it."""
+    others = [name for name in rates if name != STOCK]
+    rows = [
+        [step, number(statistics.median(several))]
+        + [f"{kernel_ratio(rates, name, step):.2f}" for name in others]
+        for step, several in rates[STOCK].items()
+    ]
+    return table(["through the kernel, rates", STOCK, *others], rows)
+
+
+def once_table(results: Mapping[str, Any]) -> str:
+    """Return the wall times of commands, in milliseconds, by program."""
+    times: dict[str, dict[str, float]] = {}
+    for name, steps in results.get("map", {}).items():
+        for step, seconds in steps.items():
+            times.setdefault(step, {})[name] = seconds
+    if "list" in results:
+        times["list-mapped, 50 mappings"] = results["list"]
+    names = list(next(iter(times.values())))
+    rows = [[step, *(f"{by[name] * 1000:.0f}" for name in names)] for step, by in times.items()]
+    return table(["wall time, ms", *names], rows)
+
+
+def steady_table(results: Mapping[str, Any]) -> str:
+    """Return what a million requests, and a large image, do to the price of one."""
+    rows = []
+    for name, parts in results.get("million", {}).items():
+        first, last = parts[0], parts[-1]
+        large = results.get("sizes", {}).get(name)
+        rows.append(
+            [name]
+            + [f"{last[figure] / first[figure]:.2f}" for figure in ("iops", "cpu_us")]
+            + [f"{(last['rss_kib'] - first['rss_kib']) / 1024:+.1f}"]
+            + ([f"{large['iops']:.2f}", f"{large['cpu_us']:.2f}"] if large else ["", ""])
+        )
+    tenths, sizes = "last tenth of a million to the first", "10 TiB to 1 GiB"
+    head = ["", f"{tenths}: requests a second", "processor time", "memory, MiB"]
+    return table([*head, f"{sizes}: requests a second", "processor time"], rows)
+
+
+def target_table(results: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Return what is wanted of each of ours, and whether it is reached."""
+    rows = [
+        [name, target.what, f"{target.measured:.2f}", _sign(target) + f" {target.wanted:.2f}"]
+        + ["yes" if target.met else "no"]
+        for name in names
+        for target in targets(results, name)
+    ]
+    return table(["", "target", "measured", "wanted", "met"], rows)
+
+
+def _sign(target: Target) -> str:
+    return "≥" if target.at_least else "≤"
+
+
+def all_tables(results: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Return all tables for which there are results; `names` are ours."""
+    made: list[str] = []
+    if native := results.get("native"):
+        made += [figure_table(native, figure) for figure in UNITS]
+        made.append(process_table(native))
+    if rates := results.get("kernel"):
+        made.append(kernel_table(rates))
+    if "map" in results or "list" in results:
+        made.append(once_table(results))
+    if "million" in results:
+        made.append(steady_table(results))
+    made.append(target_table(results, names))
+    return "\n\n".join(made)
 
 
 def number(value: float) -> str:
