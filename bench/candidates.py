@@ -62,9 +62,9 @@ OTHERS: Final = (
 
 def parsed(text: str) -> Candidate:
     """Return the candidate of "NAME=ARGV"."""
-    name, equals, words = text.partition("=")
+    name, _, words = text.partition("=")
     candidate = Candidate(name.strip(), tuple(shlex.split(words)))
-    if not equals or "{image}" not in words or ("{device}" in words) == ("{socket}" in words):
+    if not name.strip() or "{image}" not in words or ("{device}" in words) == ("{socket}" in words):
         raise argparse.ArgumentTypeError(
             f"not a candidate: {text!r}; wanted is NAME=ARGV, with {{image}} in it, and with"
             " {device} or {socket}"

@@ -54,10 +54,10 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 def turns(names: Sequence[str], number: int) -> list[str]:
     """Return the order in which candidates take turns in round `number`.
 
-    Over as many rounds as there are candidates each stands in each place once, and every second
-    round goes the other way, so that nobody always follows the same one.
+    Every second round goes the other way than the one before, so that over both nobody comes
+    earlier on the average than another, nor always after the same one; then the next one begins.
     """
-    start = number % len(names)
+    start = number // 2 % len(names)
     order = [*names[start:], *names[:start]]
     return order[::-1] if number % 2 else order
 

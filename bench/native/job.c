@@ -1,18 +1,7 @@
 /* A job: keep a number of requests in flight for a time, and measure.
  *
- * Keys of a line, numbers unless said otherwise:
- *   bs      bytes of a request, a multiple of 512
- *   depth   requests in flight, over all connections
- *   read    per cent of them that read; the others write
- *   random  1: anywhere; 0: one after the other, going on where the last such job stopped
- *   span    go no further than so many bytes from the image's beginning
- *   seconds, warmup   how long to measure, and how long to run before that
- *   count   measure so many requests instead
- *   sync    "flush": each write is followed by a FLUSH and counts when that is answered; "durable": the same, or
- *           one write with FUA where that is offered, as the kernel does for O_DSYNC
- *   verify  1: compare every byte that is read
- *
- * Of every read the first and the last sector are looked at (content.c). Every reply must be a simple reply to a request in flight, without an error.
+ * Of every read the first and the last sector are looked at (content.c). Every reply must be a simple reply to a
+ * request in flight, without an error.
  *
  * The processor time is that of the process that serves. A latency is the time from the moment before the request is
  * sent until its reply is there as a whole, in a histogram whose buckets are 0.8 % wide.
@@ -30,17 +19,8 @@
 
 #include "nbdload.h"
 
-#define MAX_DEPTH 512
-#define MAX_BYTES (4u << 20)
 #define RECEIVE_BYTES 65536
 #define STALL_SECONDS 60
-
-struct job {
-    unsigned bs, depth, read, random, verify;
-    double seconds, warmup;
-    uint64_t count, span;
-    char sync[16];
-};
 
 struct slot {
     uint64_t offset, began; /* bytes, nanoseconds */
@@ -245,32 +225,6 @@ static void turn(void) {
             receive(&connections[i], MSG_DONTWAIT);
 }
 
-static void read_job(char *line) {
-    job = (struct job){.bs = 4096, .depth = 1, .read = 100, .random = 1, .seconds = 1};
-    for (char *rest = NULL, *word = strtok_r(line, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
-        char *value = strchr(word, '=');
-        if (!value)
-            die("no value: %s", word);
-        *value++ = 0;
-        if (!strcmp(word, "bs")) job.bs = (unsigned)strtoul(value, NULL, 10);
-        else if (!strcmp(word, "depth")) job.depth = (unsigned)strtoul(value, NULL, 10);
-        else if (!strcmp(word, "read")) job.read = (unsigned)strtoul(value, NULL, 10);
-        else if (!strcmp(word, "random")) job.random = (unsigned)strtoul(value, NULL, 10);
-        else if (!strcmp(word, "verify")) job.verify = (unsigned)strtoul(value, NULL, 10);
-        else if (!strcmp(word, "seconds")) job.seconds = strtod(value, NULL);
-        else if (!strcmp(word, "warmup")) job.warmup = strtod(value, NULL);
-        else if (!strcmp(word, "count")) job.count = strtoull(value, NULL, 10);
-        else if (!strcmp(word, "span")) job.span = strtoull(value, NULL, 10);
-        else if (!strcmp(word, "sync")) snprintf(job.sync, sizeof job.sync, "%s", value);
-        else die("no such key: %s", word);
-    }
-    if (!job.bs || job.bs % SECTOR || job.bs > MAX_BYTES || job.bs > target->size || !job.depth || job.depth > MAX_DEPTH ||
-        (job.span && (job.span < job.bs || job.span > target->size)))
-        die("no such job: bs=%u depth=%u on %llu bytes", job.bs, job.depth, (unsigned long long)target->size);
-    if (*job.sync && !(target->flags & NBD_FLAG_SEND_FLUSH))
-        die("the server offers no flush");
-}
-
 static void prepare(void) {
     for (unsigned i = 0; i < job.depth; i++) {
         if (!(slots[i].data = realloc(slots[i].data, job.bs)))
@@ -294,7 +248,7 @@ static void prepare(void) {
 
 void run_job(struct target *of, char *line) {
     target = of;
-    read_job(line);
+    job = job_of(line, target);
     prepare();
     look_at_clock(nanoseconds());
     for (unsigned i = 0; i < job.depth; i++)

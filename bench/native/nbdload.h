@@ -56,7 +56,19 @@ void client_connect(struct target *target, const char *path, const char *export_
 
 void disconnect(struct target *target); /* say NBD_CMD_DISC */
 
-/* Run the job of one line, "key=value ...", and print its figures as one line of JSON; see job.c. */
+#define MAX_DEPTH 512
+
+/* What a line asks for; jobline.c says what each of these is. */
+struct job {
+    unsigned bs, depth, read, random, verify;
+    double seconds, warmup;
+    uint64_t count, span;
+    char sync[16];
+};
+
+struct job job_of(char *line, const struct target *target);
+
+/* Run the job of one line, and print its figures as one line of JSON. */
 void run_job(struct target *target, char *line);
 
 uint64_t scramble(uint64_t number);

@@ -38,7 +38,7 @@ def test_a_median_is_the_middle_round_s():
 
 
 def test_a_ratio_compares_round_with_round_so_that_drift_cancels_out():
-    ours = [sample(iops=rate) for rate in (50, 100, 200)]
+    ours = [sample(iops=rate) for rate in (50, 220, 200)]
     theirs = [sample(iops=rate) for rate in (100, 200, 400)]
     assert ratio(ours, theirs, "iops") == 0.5
 
@@ -52,17 +52,16 @@ def test_a_geometric_mean_of_a_half_and_a_double_is_one():
     assert geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
 
 
-def test_everybody_stands_in_every_place_once_in_as_many_rounds_as_there_are_candidates():
-    names = ["a", "b", "c"]
-    orders = [turns(names, number) for number in range(6)]
-    for place in range(3):
-        assert sorted(order[place] for order in orders) == ["a", "a", "b", "b", "c", "c"]
+@pytest.mark.parametrize("names", ["abc", "abcdef"])
+def test_everybody_stands_in_every_place_as_often_as_everybody_else(names):
+    orders = [turns(names, number) for number in range(2 * len(names))]
+    for place in range(len(names)):
+        assert sorted(order[place] for order in orders) == sorted(2 * names)
 
 
-def test_nobody_always_follows_the_same_one():
-    orders = [turns(["a", "b", "c"], number) for number in range(2)]
-    assert orders[0].index("b") == orders[0].index("a") + 1
-    assert orders[1].index("b") != orders[1].index("a") + 1
+def test_over_two_rounds_nobody_comes_earlier_than_another():
+    there, back = turns("abcd", 4), turns("abcd", 5)
+    assert {there.index(name) + back.index(name) for name in "abcd"} == {3}
 
 
 def test_a_table_lines_up():
@@ -72,7 +71,7 @@ def test_a_table_lines_up():
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(12345.6, "12,346"), (100.4, "100"), (99.94, "99.9"), (0.1234, "0.123")]
+    ("value", "shown"), [(1234.6, "1,235"), (100.4, "100"), (99.94, "99.9"), (0.1234, "0.123")]
 )
 def test_a_number_shows_three_digits_that_matter(value, shown):
     assert number(value) == shown
@@ -162,7 +161,9 @@ def test_a_candidate_is_a_name_and_an_argv():
     ]
 
 
-@pytest.mark.parametrize("text", ["x", "x=y", "x=y {image}", "x=y {image} {device} {socket}"])
+@pytest.mark.parametrize(
+    "text", ["x", "x=y", "=y {image} {device}", "x=y {image}", "x=y {image} {device} {socket}"]
+)
 def test_a_candidate_without_its_places_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a candidate"):
         parsed(text)
