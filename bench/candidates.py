@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench import targets
+
 RBDNBD: Final = str(Path(sys.executable).with_name("rbdnbd"))
 
 
@@ -43,8 +45,8 @@ ENGINES: Final[dict[str, tuple[str, ...]]] = {"rbdnbd": ()}
 
 
 _STOCK_ARGV = ("rbd-nbd", "map", "--device", "{device}", "-f", "{image}")
-STOCK: Final = Candidate("rbd-nbd", _STOCK_ARGV)
-AGAIN: Final = Candidate("rbd-nbd again", _STOCK_ARGV)
+STOCK: Final = Candidate(targets.STOCK, _STOCK_ARGV)
+AGAIN: Final = Candidate(targets.AGAIN, _STOCK_ARGV)
 """The same once more: how far it is from itself is what the other ratios may be off by."""
 _ATTACH = ("--ioctl", "--device", "{device}", "--foreground")
 OURS: Final = tuple(

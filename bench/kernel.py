@@ -15,6 +15,7 @@ from bench.build import ROOT
 from bench.candidates import ENGINES, RBDNBD
 from bench.guest import Rates
 from bench.rounds import Say, image
+from bench.targets import AGAIN, STOCK
 from testbed.cluster import Cluster
 from testbed.places import host_has_nbd
 from testbed.processes import Unavailable
@@ -25,8 +26,8 @@ VM_SECONDS: Final = 1800.0
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 PROGRAMS: Final[dict[str, list[str]]] = {
-    "rbd-nbd": ["rbd-nbd"],
-    "rbd-nbd again": ["rbd-nbd"],
+    STOCK: ["rbd-nbd"],
+    AGAIN: ["rbd-nbd"],
     **{name: [RBDNBD, *options] for name, options in ENGINES.items()},
 }
 """Programs with rbd-nbd's commands; a program's own options of `map` stand behind it."""

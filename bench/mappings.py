@@ -17,6 +17,7 @@ from bench.figures import turns
 from bench.gateway import make_devices, shimmed
 from bench.load import START_SECONDS, Load
 from bench.rounds import Say, image
+from bench.targets import STOCK
 from testbed.cluster import Cluster
 from testbed.processes import Unavailable
 
@@ -44,7 +45,7 @@ class Program:
 
 
 PROGRAMS: Final = (
-    Program("rbd-nbd", ("rbd-nbd", "map"), "rbd-nbd"),
+    Program(STOCK, ("rbd-nbd", "map"), "rbd-nbd"),
     *(
         Program(name, (RBDNBD, "map", "--ioctl", *options), RBDNBD)
         for name, options in ENGINES.items()

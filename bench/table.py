@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.figures import Figure, Sample, geometric_mean, median, ratios
 from bench.samples import samples_of
-from bench.targets import STOCK, Target, kernel_ratio, targets
+from bench.targets import AGAIN, STOCK, Target, doubt, kernel_ratio, targets
 
 UNITS: Mapping[Figure, str] = {
     "iops": "requests a second",
@@ -18,18 +18,22 @@ UNITS: Mapping[Figure, str] = {
 }
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns line up; the first is text, the others numbers."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """Return a Markdown table whose columns line up; the first `words` are text, then numbers."""
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = [
+        "-" * (width - 1) + ("-" if column < words else ":") for column, width in enumerate(widths)
+    ]
     lines.insert(1, rule)
-    return "\n".join("| " + " | ".join(_padded(line, widths)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_padded(line, widths, words)) + " |" for line in lines)
 
 
-def _padded(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    first, *others = zip(line, widths, strict=True)
-    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+def _padded(line: Sequence[str], widths: Sequence[int], words: int) -> list[str]:
+    return [
+        cell.ljust(width) if column < words else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
 
 
 def figure_table(native: Mapping[str, Any], figure: Figure, stock: str = STOCK) -> str:
@@ -81,7 +85,7 @@ def kernel_table(rates: Mapping[str, Mapping[str, list[float]]]) -> str:
         + [f"{kernel_ratio(rates, name, step):.2f}" for name in others]
         for step, several in rates[STOCK].items()
     ]
-    return table(["through the kernel, rates", STOCK, *others], rows)
+    return table(["through the kernel: requests, MiB or times a second", STOCK, *others], rows)
 
 
 def once_table(results: Mapping[str, Any]) -> str:
@@ -122,7 +126,7 @@ def target_table(results: Mapping[str, Any], names: Iterable[str]) -> str:
         for name in names
         for target in targets(results, name)
     ]
-    return table(["", "target", "measured", "wanted", "met"], rows)
+    return table(["", "target", "measured", "wanted", "met"], rows, words=2)
 
 
 def _sign(target: Target) -> str:
@@ -141,6 +145,12 @@ def all_tables(results: Mapping[str, Any], names: Iterable[str]) -> str:
         made.append(once_table(results))
     if "million" in results:
         made.append(steady_table(results))
+    if AGAIN in results.get("native", {}):
+        worst, mean = doubt(results["native"])
+        made.append(
+            f"In this run {STOCK} is off from itself by up to {worst:.0%} in a native cell, and by"
+            f" {mean:.0%} in the mean: no ratio here says anything finer."
+        )
     made.append(target_table(results, names))
     return "\n\n".join(made)
 

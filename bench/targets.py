@@ -11,6 +11,7 @@ from bench.figures import Sample, geometric_mean, ratios
 from bench.samples import samples_of
 
 STOCK: Final = "rbd-nbd"
+AGAIN: Final = "rbd-nbd again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,12 @@ def targets(results: Mapping[str, Any], name: str) -> list[Target]:
             found.append(Target(f"{step} through the kernel", measured, wanted, at_least=True))
     found += _once(results, name)
     return found
+
+
+def doubt(native: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how far the stock's rate is from its own: in the worst cell, and on the mean."""
+    found = ratios(samples_of(native), AGAIN, STOCK, "iops").values()
+    return max(abs(ratio - 1) for ratio in found), abs(geometric_mean(found) - 1)
 
 
 def kernel_ratio(rates: Mapping[str, Mapping[str, list[float]]], name: str, step: str) -> float:

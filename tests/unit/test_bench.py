@@ -12,7 +12,7 @@ from bench.figures import Sample, geometric_mean, median, ratio, turns
 from bench.fio import options, sample_of
 from bench.report import BEGIN, END, between_marks
 from bench.table import figure_table, has, number, table
-from bench.targets import EVENTS, Target, kernel_ratio, targets
+from bench.targets import EVENTS, Target, doubt, kernel_ratio, targets
 
 
 def sample(iops=100.0, p50_us=1.0, p99_us=1.0, cpu_us=10.0, rss_kib=0, threads=0):
@@ -119,6 +119,11 @@ def test_memory_of_an_idle_mapping_is_compared_by_difference():
     native = {"rbd-nbd": candidate(1), "rbdnbd": candidate(1, idle_kib=51 * 1024)}
     more = by_what(targets({"native": native}, "rbdnbd"))["more memory of an idle mapping, MiB"]
     assert (more.measured, more.met) == (21.0, False)
+
+
+def test_the_stock_against_itself_says_how_much_to_doubt_a_ratio():
+    worst, mean = doubt({"rbd-nbd": candidate(100, 100), "rbd-nbd again": candidate(90, 90)})
+    assert (worst, mean) == (pytest.approx(0.1), pytest.approx(0.1))
 
 
 def test_what_was_not_measured_has_no_target():
