@@ -46,7 +46,8 @@ def main() -> int:
             return 1
         wanted.results.write_text(json.dumps(results, indent=1) + "\n")
     print(all_tables(results, names))
-    if wanted.parts == PARTS and set(PARTS) <= results.keys():
+    everything = wanted.parts == PARTS and wanted.cells == CELLS and not wanted.candidate
+    if everything and set(PARTS) <= results.keys():
         report.write(results, names)
         say(f"written: {report.PAGE}, {report.PICTURE}, {wanted.results}")
     return 0
