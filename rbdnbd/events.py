@@ -99,8 +99,10 @@ class EventConnection(Transmission):
         """Return the socket's descriptor."""
         return self._sock.fileno()
 
-    def leave(self) -> None:
+    def leave(self, reason: str = "") -> None:
         """Let `serve` return."""
+        if reason:
+            self._end(RuntimeError(reason))
         self._left.set()
 
     def proceed(self, readable: bool, now: float) -> int | None:
@@ -205,7 +207,6 @@ class EventConnection(Transmission):
             position += REQUEST_SIZE
             if request.type == CMD_DISC:
                 self._ended = self._deaf = True
-                position = end
                 break
             performance = Performance(self, request, now)
             self._performances[performance] = None

@@ -75,8 +75,8 @@ class Member(Protocol):
     def proceed(self, readable: bool, now: float) -> int | None:
         """Do what can be done; return the epoll events to wait for, None when all is over."""
 
-    def leave(self) -> None:
-        """Hear that the loop has let go of the socket."""
+    def leave(self, reason: str = "") -> None:
+        """Hear that the loop has let go of the socket, or why it can serve nobody any more."""
 
 
 class Loop:
@@ -91,6 +91,7 @@ class Loop:
         self._members: dict[int, Member] = {}
         self._new: deque[Member] = deque()
         self._stopping = False
+        self._broken = ""
         self._thread = threading.Thread(target=self._run, name="nbd-loop", daemon=True)
 
     def __enter__(self) -> Loop:
@@ -110,6 +111,8 @@ class Loop:
     def add(self, member: Member) -> None:
         """Serve a socket from now on. Any thread."""
         self._new.append(member)
+        if self._broken:
+            member.leave(self._broken)
         self.wake()
 
     def wake(self) -> None:
@@ -117,6 +120,16 @@ class Loop:
         os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # a defect: better no device than one that waits for ever
+            self._broken = f"the event loop has failed: {error!r}"
+            self._admit()
+            for member in self._members.values():
+                member.leave(self._broken)
+            raise
+
+    def _serve(self) -> None:
         while not self._stopping:
             events = self._epoll.poll(_IDLE_SECONDS if self.buffers.kept else None)
             now = time.monotonic()
