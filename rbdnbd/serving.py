@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
-from rbdnbd.engines import engine
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
 from rbdnbd.live import await_end, opened
@@ -38,8 +37,7 @@ def run_server(
         flags = transmission_flags(read_only=image.read_only, multi_conn=True)
         export = Export(str(image.spec), image.size(), flags)
         sock = stack.enter_context(listen())
-        connect = stack.enter_context(engine(image))
-        listener = Listener(sock, image, export, connect)
+        listener = Listener(sock, image, export)
         listener.start()
         stack.callback(listener.stop, DRAIN_SECONDS)
         log.info("%s is served on %s", image.spec, sock.getsockname())

@@ -21,8 +21,6 @@ from tests.support.opening import opened, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.usefixtures("each_handle")
-
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]
 

@@ -18,9 +18,7 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("nbd_module")
 
-ways = pytest.mark.parametrize(
-    "way", [(), ("--ioctl",), ("--io-engine", "events")], ids=["netlink", "ioctl", "events"]
-)
+ways = pytest.mark.parametrize("way", [(), ("--ioctl",)], ids=["netlink", "ioctl"])
 
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]

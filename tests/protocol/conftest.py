@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from rbdnbd.listener import Listener, listen_tcp, listen_unix, uri
-from rbdnbd.transmission import WORKERS
+from rbdnbd.server import Connection
 from tests.support.client import RawClient
 from tests.support.memory import MemoryImage
-from tests.support.polled import ENGINES, engine
 from tests.support.serving import NAME, Door, Pair, export_of
 
 MIB = 1 << 20
@@ -31,14 +30,8 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.fixture(params=ENGINES)
-def engine_name(request: pytest.FixtureRequest) -> str:
-    """Each engine in turn."""
-    return str(request.param)
-
-
 @pytest.fixture
-def serve(tmp_path: Path, stack: ExitStack, engine_name: str) -> Callable[..., Door]:
+def serve(tmp_path: Path, stack: ExitStack) -> Callable[..., Door]:
     """Serve an image by a listener; what is left of it is stopped after the test."""
 
     def serve(
@@ -47,9 +40,7 @@ def serve(tmp_path: Path, stack: ExitStack, engine_name: str) -> Callable[..., D
         path = tmp_path / "nbd.sock"
         listen = listen_unix(path) if family == "unix" else listen_tcp("127.0.0.1", 0)
         sock = stack.enter_context(listen)
-        connect = stack.enter_context(engine(engine_name, image))
-        export = export_of(image, read_only=read_only)
-        listener = Listener(sock, image, export, connect, **options)
+        listener = Listener(sock, image, export_of(image, read_only=read_only), **options)
         listener.start()
         stack.callback(listener.stop, 2.0)
         return Door(listener, sock, uri(sock, NAME), stack)
@@ -70,13 +61,12 @@ def unix(serve: Callable[..., Door], image: MemoryImage) -> Door:
 
 
 @pytest.fixture
-def connect(stack: ExitStack, engine_name: str) -> Callable[..., Pair]:
+def connect(stack: ExitStack) -> Callable[..., Pair]:
     """Serve one connection of an image over a socketpair."""
 
-    def connect(image: MemoryImage, *, read_only: bool = False, workers: int = WORKERS) -> Pair:
+    def connect(image: MemoryImage, *, read_only: bool = False, workers: int = 128) -> Pair:
         ours, theirs = socket.socketpair()
-        connect = stack.enter_context(engine(engine_name, image, workers))
-        connection = connect(ours, export_of(image, read_only=read_only))
+        connection = Connection(ours, image, export_of(image, read_only=read_only), workers=workers)
         pair = Pair(connection, stack.enter_context(RawClient(theirs)))
         stack.callback(pair.ended)
         stack.callback(connection.abort)
