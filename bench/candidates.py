@@ -40,7 +40,10 @@ class Candidate:
         return [word.format(**places) for word in self.argv]
 
 
-ENGINES: Final[dict[str, tuple[str, ...]]] = {"rbdnbd": ()}
+ENGINES: Final[dict[str, tuple[str, ...]]] = {
+    "rbdnbd threads": ("--io-engine", "threads"),
+    "rbdnbd events": ("--io-engine", "events"),
+}
 """Every way of ours to serve an image, by its name in the tables: options of `rbdnbd map`."""
 
 

@@ -28,6 +28,7 @@ from rbdnbd.cli_list import list_mapped, name_command, stats_command
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Interrupted, RbdnbdError
 from rbdnbd.options import (
+    ENGINE_OPTION,
     cluster_options,
     image_options,
     map_only_options,
@@ -176,6 +177,7 @@ def unmap_command(target: str, force: bool, cluster: ClusterOptions) -> None:
 @click.option("--listen", "address", metavar="[HOST][:PORT]", help="Listen on TCP, on loopback.")
 @click.option("--read-only", is_flag=True, help="Refuse writes; a snapshot is always read-only.")
 @click.option("--log-file", metavar="FILE", help="Log there instead of to stderr.")
+@ENGINE_OPTION
 @cluster_options
 def serve(
     spec: ImageSpec,
@@ -184,6 +186,7 @@ def serve(
     address: str | None,
     read_only: bool,
     log_file: str | None,
+    io_engine: str,
 ) -> None:
     """Serve an image to any NBD client, until a signal comes; print its NBD URI.
 
@@ -207,7 +210,7 @@ def serve(
         daemon.ready(STATUS=f"serving {export}")
         click.echo(uri(sock, export))
 
-    run_server(spec, cluster, listen, ready, MapOptions(read_only=read_only))
+    run_server(spec, cluster, listen, ready, MapOptions(read_only=read_only, io_engine=io_engine))
 
 
 for command in (list_mapped, name_command, stats_command):

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from rbdnbd.errors import RbdnbdError
@@ -26,6 +27,7 @@ MONITOR_SECONDS: Final = 30
 """Time for a monitor to answer, unless the configuration says otherwise (client_mount_timeout)."""
 
 _CEPHS_MONITOR_SECONDS: Final = 300
+_CEPHS_IO_THREADS: Final = "2"
 _CLIENT: Final = re.compile(r"(?:(?:any|v1|v2):)?(\S+:\d+/[1-9]\d*)")
 
 
@@ -74,6 +76,16 @@ def _client(options: ClusterOptions) -> rados.Rados:
     if client.conf_get("client_mount_timeout") == str(_CEPHS_MONITOR_SECONDS):
         client.conf_set("client_mount_timeout", str(MONITOR_SECONDS))
     return client
+
+
+def one_io_thread(client: rados.Rados, options: ClusterOptions) -> ClusterOptions:
+    """Have librados complete requests in one thread, unless another number was asked for.
+
+    Beside an event loop, which takes all that is finished at once, Ceph's two only wake each other.
+    """
+    if client.conf_get("librados_thread_count") != _CEPHS_IO_THREADS:
+        return options
+    return replace(options, settings=(("librados_thread_count", "1"), *options.settings))
 
 
 def connect(options: ClusterOptions) -> rados.Rados:

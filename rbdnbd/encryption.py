@@ -20,9 +20,11 @@ from rbdnbd.spec import ImageSpec
 if TYPE_CHECKING:
     import rbd
 
+    from rbdnbd.polled import PolledImage
+
 
 def load_encryption(
-    image: rbd.Image, spec: ImageSpec, encryption: Sequence[tuple[str, str]]
+    image: rbd.Image | PolledImage, spec: ImageSpec, encryption: Sequence[tuple[str, str]]
 ) -> None:
     """Load the keys into an open image, whose size is from then on that of what is encrypted.
 
@@ -81,7 +83,7 @@ def _candidates(names: Sequence[str]) -> list[list[int]]:
     return [[known[name] for name in names]]
 
 
-def _load(image: rbd.Image, layers: list[tuple[int, bytes]]) -> None:
+def _load(image: rbd.Image | PolledImage, layers: list[tuple[int, bytes]]) -> None:
     if len(layers) > 1:
         image.encryption_load2(layers)
     else:

@@ -28,6 +28,12 @@ class RbdnbdError(Exception):
         self.errno = errno
 
 
+def image_error(number: int, text: str) -> OSError:
+    """Return the `OSError` for what librbd failed with while serving."""
+    blocklisted = number == errno.ESHUTDOWN  # librados.hpp calls it EBLOCKLISTED
+    return OSError(number, f"this client is blocklisted: {text}" if blocklisted else text)
+
+
 class UsageError(RbdnbdError):
     """A malformed name or option: nothing was tried."""
 

@@ -1,4 +1,4 @@
-"""RBD images through librbd: what the server reads and writes, and how it is opened and fenced.
+"""RBD images through librbd: what the server reads and writes, and how it is opened.
 
 `RbdImage` is the server's `Image` on a real cluster. Every call blocks, releases the GIL while
 librbd works, and may be made from any thread. What librbd raises is translated here, once: while
@@ -11,13 +11,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
-from rbdnbd.cluster import blocklist, client_address, connect, open_pool
+from rbdnbd.cluster import client_address, connect, one_io_thread, open_pool
 from rbdnbd.encryption import load_encryption
-from rbdnbd.errors import RbdnbdError, UsageError
+from rbdnbd.errors import RbdnbdError, UsageError, image_error
+from rbdnbd.polled import PolledImage
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ class RbdImage:
 
     `cluster` are the options that it was opened with, `image_id` what stays the same when it is
     renamed, `address` this process's own as a client of the cluster, for a successor's `fence`.
+    An image that was opened for the event loop has `polled`, which takes its requests: the blocking
+    calls for reading and changing data are not there.
     """
 
     def __init__(
         self,
-        image: rbd.Image,
+        image: rbd.Image | PolledImage,
         client: rados.Rados,
         spec: ImageSpec,
         cluster: ClusterOptions,
@@ -49,9 +51,10 @@ class RbdImage:
         self.cluster = cluster
         self.read_only = read_only
         self.image_id = image.id()
-        self.address = client_address(client.get_addrs())
-        self._image = image
-        self._client = client
+        self.polled = image if isinstance(image, PolledImage) else None
+        self.address = client_address(self.polled.addresses if self.polled else client.get_addrs())
+        self.handle = self._image = cast("rbd.Image", image)
+        self.client = client
         self._failure = rbd.Error
         self._thick = rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
 
@@ -124,20 +127,21 @@ class RbdImage:
     def _why_not_locked(self, number: int) -> str:
         if self.read_only:
             return f"{self.spec} is opened read-only"
-        if not _lockable(self._image):
+        if not lockable(self._image):
             return f"{self.spec} has no feature exclusive-lock"
         if number == errno.EROFS:
-            return f"another client keeps it ({', '.join(_owners(self._image)) or 'gone by now'})"
+            return f"another client keeps it ({', '.join(owners(self._image)) or 'gone by now'})"
         return os.strerror(number)
 
 
-def _lockable(image: rbd.Image) -> bool:
+def lockable(image: rbd.Image) -> bool:
+    """Tell whether an image has the feature exclusive-lock."""
     import rbd
 
     return bool(image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK)
 
 
-def _owners(image: rbd.Image) -> list[str]:
+def owners(image: rbd.Image) -> list[str]:
     """Return the addresses of the clients that hold the lock of a lockable image."""
     return [each["owner"] for each in image.lock_get_owners()]
 
@@ -156,9 +160,7 @@ def pieces(offset: int, length: int, at_once: int = _AT_ONCE) -> Iterator[tuple[
 
 
 def _as_oserror(error: rbd.Error) -> OSError:
-    number = getattr(error, "errno", None) or errno.EIO
-    blocklisted = number == errno.ESHUTDOWN  # librados.hpp calls it EBLOCKLISTED
-    return OSError(number, f"this client is blocklisted: {error}" if blocklisted else str(error))
+    return image_error(getattr(error, "errno", None) or errno.EIO, str(error))
 
 
 @contextmanager
@@ -170,12 +172,14 @@ def open_image(
     say: Callable[[str], None],
     exclusive: bool = False,
     encryption: Sequence[tuple[str, str]] = (),
+    polled: bool = False,
 ) -> Iterator[RbdImage]:
     """Connect to the cluster and open an image; at the end it is flushed and closed.
 
     A snapshot is opened read-only. With `exclusive` the image is locked before anything else
     (`RbdImage.lock`). `encryption` is a row of (format, passphrase file), the image's own first,
     then its ancestors'. `say` is told what is being waited for. Raises `RbdnbdError`.
+    `polled` is for the event loop.
     """
     if spec.snap and spec.snap_id is not None:
         raise UsageError("use either snapname or snapid, not both")
@@ -188,7 +192,7 @@ def open_image(
         say(f"opening {spec}")
         ioctx = open_pool(client, spec)
         stack.callback(ioctx.close)
-        image = _open(ioctx, spec, options, read_only=read_only)
+        image = _open(client, ioctx, spec, options, read_only=read_only, polled=polled)
         stack.callback(_close, image, spec)
         opened = RbdImage(image, client, spec, options, read_only=read_only)
         if exclusive:
@@ -200,48 +204,23 @@ def open_image(
         yield opened
 
 
-def fence(image: RbdImage, address: str) -> None:
-    """Make sure that a dead client of this image, our own predecessor, can never write again.
-
-    `address` is what its `RbdImage.address` was; no other client is touched. When this returns,
-    whatever it had sent either has been done or never will be, and a lock that it held is free: the
-    next write need not wait for its watch to time out. To do it again changes nothing. Any thread.
-    Raises `RbdnbdError`.
-    """
-    address = client_address(address)
-    if address == image.address:
-        raise RbdnbdError(f"{address} is this process itself, which is not to be fenced")
-    # To break the lock is to blocklist once more: at the same time, for a monitor makes about one
-    # new map a second (paxos_propose_interval).
-    with ThreadPoolExecutor(1) as breaking:
-        broken = breaking.submit(_break_lock, image, address)
-        blocklist(image._client, address)
-        broken.result()
-
-
-def _break_lock(image: RbdImage, address: str) -> None:
-    """Break the lock of an image that is open for writing, if the client at `address` has it."""
-    import rbd
-
-    handle = image._image
-    if image.read_only or not _lockable(handle):
-        return
-    try:
-        if address in _owners(handle):
-            handle.lock_break(rbd.RBD_LOCK_MODE_EXCLUSIVE, address)
-    except rbd.Error as error:
-        if address in _owners(handle):  # and nobody else has been quicker
-            message = f"cannot break the lock that {address} has on {image.spec}: {error}"
-            raise RbdnbdError(message, getattr(error, "errno", None) or 0) from error
-
-
 def _open(
-    ioctx: rados.Ioctx, spec: ImageSpec, options: ClusterOptions, *, read_only: bool
-) -> rbd.Image:
+    client: rados.Rados,
+    ioctx: rados.Ioctx,
+    spec: ImageSpec,
+    options: ClusterOptions,
+    *,
+    read_only: bool,
+    polled: bool,
+) -> rbd.Image | PolledImage:
     import rbd
 
+    image: rbd.Image | PolledImage
     try:
-        image = rbd.Image(ioctx, spec.image, snapshot=spec.snap or None, read_only=read_only)
+        if polled:
+            image = PolledImage(spec, one_io_thread(client, options), read_only=read_only)
+        else:
+            image = rbd.Image(ioctx, spec.image, snapshot=spec.snap or None, read_only=read_only)
         if spec.snap_id is not None:
             try:
                 image.set_snap_by_id(spec.snap_id)
@@ -265,7 +244,7 @@ def _open(
         raise RbdnbdError(f"cannot open {spec}: {error}", number) from error
 
 
-def _close(image: rbd.Image, spec: ImageSpec) -> None:
+def _close(image: rbd.Image | PolledImage, spec: ImageSpec) -> None:
     import rbd
 
     try:

@@ -1,4 +1,4 @@
-"""What the Python bindings lack, by ctypes on librbd.so.1: quiesce watches.
+"""What the Python bindings lack, by ctypes on librbd.so.1: images opened there, quiesce watches.
 
 Whoever creates a snapshot asks the watchers of the image to quiesce, waits for all of them to
 complete that, and then tells them to go on (rbd_quiesce_watch in librbd.h, since Ceph 16). The
@@ -10,11 +10,10 @@ be called from there: a callback only says what is asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from ctypes import CDLL, CFUNCTYPE, POINTER, byref, c_char_p, c_int, c_uint64, c_void_p
-from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.spec import ClusterOptions, ImageSpec
@@ -30,6 +29,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {  # the result, then the argum
     "rados_ioctx_set_namespace": (None, c_void_p, c_char_p),
     "rados_ioctx_destroy": (None, c_void_p),
     "rbd_open": (c_int, c_void_p, c_char_p, POINTER(c_void_p), c_char_p),
+    "rbd_open_read_only": (c_int, c_void_p, c_char_p, POINTER(c_void_p), c_char_p),
     "rbd_close": (c_int, c_void_p),
     "rbd_quiesce_watch": (c_int, c_void_p, _Callback, _Callback, c_void_p, POINTER(c_uint64)),
     "rbd_quiesce_unwatch": (c_int, c_void_p, c_uint64),
@@ -53,7 +53,8 @@ class QuiesceWatch:
         self._callbacks = (_Callback(lambda _: ask(True)), _Callback(lambda _: ask(False)))
         self._handle = c_uint64()
         with ExitStack() as undo:
-            self._image = self._open(options, undo)
+            # For writing, because a handle for reading only is not told of snapshots.
+            _, self._image = opened(spec, options, undo, self._failed)
             watch = (*self._callbacks, None, byref(self._handle))
             self._call("rbd_quiesce_watch", self._image, *watch)
             undo.callback(self._call, "rbd_quiesce_unwatch", self._image, self._handle)
@@ -61,40 +62,71 @@ class QuiesceWatch:
 
     def complete(self, status: int) -> None:
         """Answer `ask(True)`: 0, or the errno that the snapshot is to fail with. Not from `ask`."""
-        _function("rbd_quiesce_complete")(self._image, self._handle, -status)
+        bind(_PROTOTYPES)["rbd_quiesce_complete"](self._image, self._handle, -status)
 
     def close(self) -> None:
         """Stop watching; no `ask` comes any more. Raises `RbdnbdError`."""
         self._undo.close()
 
-    def _open(self, options: ClusterOptions, undo: ExitStack) -> c_void_p:
-        """Open a handle for writing, because one for reading only is not told of snapshots."""
-        spec, client, ioctx, image = self._spec, c_void_p(), c_void_p(), c_void_p()
-        who = (options.cluster.encode(), options.name.encode())
-        self._call("rados_create2", byref(client), *who, 0)
-        undo.callback(_function("rados_shutdown"), client)
-        for key, value in options.overrides().items():
-            self._call("rados_conf_set", client, key.encode(), value.encode())
-        # Without a file the environment or the overrides say all, or connecting fails.
-        _function("rados_conf_read_file")(client, options.conf.encode() or None)
-        self._call("rados_connect", client)
-        self._call("rados_ioctx_create", client, spec.pool.encode(), byref(ioctx))
-        undo.callback(_function("rados_ioctx_destroy"), ioctx)
-        _function("rados_ioctx_set_namespace")(ioctx, spec.namespace.encode())
-        self._call("rbd_open", ioctx, spec.image.encode(), byref(image), None)
-        undo.callback(self._call, "rbd_close", image)
-        return image
-
     def _call(self, name: str, *arguments: Any) -> None:
-        result = _function(name)(*arguments)
+        result = bind(_PROTOTYPES)[name](*arguments)
         if result < 0:
-            message = f"cannot watch the snapshots of {self._spec}: {name}: {os.strerror(-result)}"
-            raise RbdnbdError(message, -result)
+            self._failed(name, result)
+
+    def _failed(self, name: str, result: int) -> NoReturn:
+        message = f"cannot watch the snapshots of {self._spec}: {name}: {os.strerror(-result)}"
+        raise RbdnbdError(message, -result)
 
 
-@cache
-def _function(name: str) -> Callable[..., Any]:
-    """Return a C function of librados or librbd; calls of it release the GIL."""
-    function = CDLL("librados.so.2" if name.startswith("rados") else "librbd.so.1")[name]
-    function.restype, *function.argtypes = _PROTOTYPES[name]
-    return function
+def opened(
+    spec: ImageSpec,
+    options: ClusterOptions,
+    undo: ExitStack,
+    fail: Callable[[str, int], Any],
+    *,
+    read_only: bool = False,
+) -> tuple[c_void_p, c_void_p]:
+    """Return a client and an image opened by it, rados_t and rbd_image_t, both ended by `undo`.
+
+    `fail` is told the function that failed and its negative errno, and raises.
+    """
+    functions = bind(_PROTOTYPES)
+
+    def call(name: str, *arguments: Any) -> None:
+        result = functions[name](*arguments)
+        if result < 0:
+            fail(name, result)
+
+    client, ioctx, image = c_void_p(), c_void_p(), c_void_p()
+    call("rados_create2", byref(client), options.cluster.encode(), options.name.encode(), 0)
+    undo.callback(functions["rados_shutdown"], client)
+    for key, value in options.overrides().items():
+        call("rados_conf_set", client, key.encode(), value.encode())
+    # Without a file the environment or the overrides say all, or connecting fails.
+    functions["rados_conf_read_file"](client, options.conf.encode() or None)
+    call("rados_connect", client)
+    call("rados_ioctx_create", client, spec.pool.encode(), byref(ioctx))
+    undo.callback(functions["rados_ioctx_destroy"], ioctx)
+    functions["rados_ioctx_set_namespace"](ioctx, spec.namespace.encode())
+    how = "rbd_open_read_only" if read_only else "rbd_open"
+    call(how, ioctx, spec.image.encode(), byref(image), spec.snap.encode() or None)
+    undo.callback(call, "rbd_close", image)
+    return client, image
+
+
+_bound: Final[dict[str, Callable[..., Any]]] = {}
+
+
+def bind(prototypes: Mapping[str, tuple[Any, ...]]) -> Mapping[str, Callable[..., Any]]:
+    """Return the C functions of librados and librbd that were asked for until now, by their names.
+
+    A prototype is the type of the result, then those of the arguments. Calls release the GIL. A
+    function that this librbd does not have is left out.
+    """
+    for name, (result, *arguments) in prototypes.items():
+        if name not in _bound:
+            library = CDLL("librados.so.2" if name.startswith("rados") else "librbd.so.1")
+            if (function := getattr(library, name, None)) is not None:
+                function.restype, function.argtypes = result, arguments
+                _bound[name] = function
+    return _bound

@@ -1,9 +1,9 @@
 """The door for NBD clients other than the kernel: a listening socket and its connections.
 
 Each client has a thread that drives the handshake over the socket, within a time limit, and then
-becomes the first worker of its connection. All clients share one image, so that a flush by any of
-them covers the writes of all (CAN_MULTI_CONN). A client that breaks the protocol, or leaves in the
-middle of a request, ends its own connection and nothing else.
+gives the socket to the engine and waits for its end. All clients share one image, so that a flush
+by any of them covers the writes of all (CAN_MULTI_CONN). A client that breaks the protocol, or
+leaves in the middle of a request, ends its own connection and nothing else.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from urllib.parse import quote
 
 from rbdnbd.errors import RbdnbdError, UsageError
 from rbdnbd.handshake import Conversation, negotiate
-from rbdnbd.server import Connection, Image
 from rbdnbd.stats import Stats, total
+from rbdnbd.transmission import Engine, Image, Transmission
 from rbdnbd.wire import Export, ProtocolError
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Listener:
         sock: socket.socket,
         image: Image,
         export: Export,
+        engine: Engine,
         *,
         clients: int = CLIENTS,
         handshake_seconds: float = HANDSHAKE_SECONDS,
@@ -52,10 +53,11 @@ class Listener:
         self._sock = sock
         self._image = image
         self._export = export
+        self._engine = engine
         self._handshake_seconds = handshake_seconds
         self._places = threading.BoundedSemaphore(clients)
         self._lock = threading.Lock()
-        self._clients: dict[threading.Thread, socket.socket | Connection] = {}
+        self._clients: dict[threading.Thread, socket.socket | Transmission] = {}
         self._past = Stats()
         self._stopping = False
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
@@ -72,11 +74,11 @@ class Listener:
             clients = dict(self._clients)
         _hang_up(self._sock)
         for client in clients.values():
-            client.stop() if isinstance(client, Connection) else _hang_up(client)
+            _hang_up(client) if isinstance(client, socket.socket) else client.stop()
         for thread in clients:
             thread.join(max(0.0, deadline - time.monotonic()))
         for thread, client in clients.items():
-            if thread.is_alive() and isinstance(client, Connection):
+            if thread.is_alive() and not isinstance(client, socket.socket):
                 log.warning("a client does not take its replies: hanging up")
                 client.abort()
         for thread in clients:
@@ -87,7 +89,8 @@ class Listener:
     def stats(self) -> Stats:
         """Return the figures of all connections, past and present."""
         with self._lock:
-            present = [c.stats for c in self._clients.values() if isinstance(c, Connection)]
+            clients = self._clients.values()
+            present = [each.stats for each in clients if not isinstance(each, socket.socket)]
             return total([self._past, *present])
 
     def _accept(self) -> None:
@@ -126,7 +129,7 @@ class Listener:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if not converse(sock, negotiate(self._export), self._handshake_seconds):
                 return
-            connection = Connection(sock, self._image, self._export)
+            connection = self._engine(sock, self._export)
             with self._lock:
                 self._clients[this] = connection
                 if self._stopping:

@@ -26,6 +26,7 @@ from rbdnbd import daemon
 from rbdnbd.blockqueue import expect_successor, tune
 from rbdnbd.control import Control, Document
 from rbdnbd.devices import NbdDevices
+from rbdnbd.engines import engine
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.hook import quiescing
 from rbdnbd.image import RbdImage, open_image
@@ -34,8 +35,8 @@ from rbdnbd.life import Life
 from rbdnbd.names import announce
 from rbdnbd.record import Ownership, Record
 from rbdnbd.resize import following
-from rbdnbd.server import Connection
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
+from rbdnbd.transmission import Transmission
 from rbdnbd.wire import FLAG_SEND_TRIM, Export, transmission_flags
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def opened(
         say=lambda doing: daemon.notify(STATUS=doing),
         exclusive=options.exclusive,
         encryption=options.encryption,
+        polled=options.io_engine == "events",
     )
     image = life.during(lambda: stack.enter_context(opening))
     if not image.read_only:
@@ -136,7 +138,8 @@ def live(
     if options.no_trim:
         flags &= ~FLAG_SEND_TRIM
     ours, kernels = socket.socketpair()
-    connection = Connection(ours, image, Export(str(image.spec), image.size(), flags))
+    connect = stack.enter_context(engine(image))
+    connection = connect(ours, Export(str(image.spec), image.size(), flags))
     goodbye = stack.enter_context(_serving(connection, life))
     daemon.notify(STATUS="attaching the device")
     block_size = options.block_size or (4096 if options.encryption else 512)
@@ -157,7 +160,7 @@ def live(
 def _accompany(
     stack: ExitStack,
     image: RbdImage,
-    connection: Connection,
+    connection: Transmission,
     attachment: Attachment,
     options: MapOptions,
     block_size: int,
@@ -180,7 +183,7 @@ def _accompany(
 
 
 @contextmanager
-def _serving(connection: Connection, life: Life) -> Iterator[threading.Event]:
+def _serving(connection: Transmission, life: Life) -> Iterator[threading.Event]:
     """Serve the kernel in threads; the event says that it has said goodbye (NBD_CMD_DISC)."""
     goodbye = threading.Event()
 
@@ -205,7 +208,7 @@ def _serving(connection: Connection, life: Life) -> Iterator[threading.Event]:
 
 
 def _let_go(
-    attachment: Attachment, connection: Connection, goodbye: threading.Event, fate: Fate
+    attachment: Attachment, connection: Transmission, goodbye: threading.Event, fate: Fate
 ) -> None:
     """Leave the device to a successor, or disconnect it, unless somebody has done so.
 
@@ -231,7 +234,7 @@ def await_end(life: Life, what: str) -> int:
 
 
 def _describer(
-    image: RbdImage, connection: Connection, attachment: Attachment, options: MapOptions
+    image: RbdImage, connection: Transmission, attachment: Attachment, options: MapOptions
 ) -> Callable[[], Document]:
     """Return the function that describes a mapping, for the control socket."""
     spec, since = image.spec, datetime.now(UTC).isoformat(timespec="seconds")

@@ -21,7 +21,8 @@ from rbdnbd import daemon
 from rbdnbd.control import RUN_DIR
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Busy, CookieMismatch, NotMapped, RbdnbdError
-from rbdnbd.image import RbdImage, fence
+from rbdnbd.fencing import fence
+from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment, NbdDriver
 from rbdnbd.life import Life
 from rbdnbd.live import Bind, Fate, Ready, live, opened

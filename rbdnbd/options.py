@@ -169,11 +169,20 @@ _IMAGE_OPTIONS = (
 )
 
 _AS_THEY_ARE = frozenset(
-    {"read_only", "exclusive", "no_trim", "io_timeout", "reattach_timeout", "cookie"}
+    {"read_only", "exclusive", "no_trim", "io_timeout", "reattach_timeout", "cookie", "io_engine"}
     | {"use_ioctl", "nbds_max", "max_part"}
 )
 
+ENGINE_OPTION = click.option(
+    "--io-engine",
+    type=click.Choice(["threads", "events"]),
+    default="threads",
+    show_default=True,
+    help="A thread for each request in flight, or one thread for all of them.",
+)
+
 _MAPPING_OPTIONS = (
+    ENGINE_OPTION,
     click.option("--read-only", is_flag=True, help="Refuse writes; a snapshot does so anyway."),
     click.option("--exclusive", is_flag=True, help="Take the exclusive lock first, and keep it."),
     click.option("--notrim", "no_trim", is_flag=True, help="Offer no discard."),

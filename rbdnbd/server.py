@@ -13,16 +13,21 @@ nearest to its errno and is logged with offset and length; nothing is masked as 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import socket
 import threading
 import time
-from dataclasses import replace
-from typing import Final, Protocol
+from typing import Final
 
-from rbdnbd.stats import Stats
+from rbdnbd.transmission import (
+    WORKERS,
+    Engine,
+    Image,
+    Transmission,
+    failure,
+    short_read,
+    shut_down,
+)
 from rbdnbd.wire import (
     CMD_DISC,
     CMD_FLAG_FUA,
@@ -36,7 +41,6 @@ from rbdnbd.wire import (
     Export,
     ProtocolError,
     Request,
-    nbd_error,
     parse_request,
     simple_reply,
     validate,
@@ -44,53 +48,22 @@ from rbdnbd.wire import (
 
 log = logging.getLogger(__name__)
 
-WORKERS: Final = 128
-"""Requests of one connection in flight: the kernel's queue depth (nbd.c, tag_set.queue_depth)."""
-
 _DISCARDED_AT_ONCE: Final = 1 << 20
-_DRAIN_INTERVAL: Final = 0.005
 
 
-class Image(Protocol):
-    """What the server needs of an image: blocking calls that any thread may make.
-
-    Offsets and lengths are bytes within the image. Every failure is an `OSError` with its errno; a
-    call that returns has done all of what it was asked.
-    """
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return exactly `length` bytes."""
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Write all of `data`; it is stable after a later `flush`."""
-
-    def flush(self) -> None:
-        """Return when every write that has returned before is stable."""
-
-    def discard(self, offset: int, length: int) -> None:
-        """Let go of the space; what is read there afterwards is anything."""
-
-    def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
-        """Make the range read as zeroes; with `no_hole` its space stays allocated."""
-
-
-class Connection:
+class Connection(Transmission):
     """One client in the transmission phase, on a connected stream socket closed at the end."""
 
     def __init__(
         self, sock: socket.socket, image: Image, export: Export, *, workers: int = WORKERS
     ) -> None:
-        self.stats = Stats()
-        self._sock = sock
+        super().__init__(sock, export)
         self._image = image
-        self.export = export
         self._limit = workers
         self._workers: list[threading.Thread] = []
         self._in_flight: dict[int, tuple[Request, float]] = {}
         self._turn = threading.Lock()
         self._sending = threading.Lock()
-        self._ended = False
-        self._reason = ""
 
     def serve(self) -> str:
         """Serve until the client leaves or `stop` is called, and every request read is answered.
@@ -107,35 +80,12 @@ class Connection:
             self._sock.close()
         return self._reason
 
-    def stop(self, patience: float = 0.0) -> None:
-        """Take no further request; those that have been taken are answered. Any thread, any time.
-
-        The kernel's driver hangs up when its next request cannot be sent (nbd_mark_nsock_dead), so
-        that replies which are still on their way are lost: for at most `patience` seconds it is
-        given them before the socket is shut.
-        """
-        self._ended = True
-        deadline = time.monotonic() + patience
-        while self._in_flight and time.monotonic() < deadline:
-            time.sleep(_DRAIN_INTERVAL)
-        _shutdown(self._sock, socket.SHUT_RD)
-
-    def abort(self) -> None:
-        """Hang up without waiting for a peer that does not take its replies."""
-        self._ended = True
-        _shutdown(self._sock, socket.SHUT_RDWR)
-
-    def resize(self, size: int) -> None:
-        """Have requests be held against a new size, in bytes, from now on. Any thread."""
-        self.export = replace(self.export, size=size)
-
-    def ended(self) -> bool:
-        """Tell whether no further request will be read."""
-        return self._ended
-
     def in_flight(self) -> list[tuple[Request, float]]:
         """Return the requests being performed and the `time.monotonic` when each was read."""
         return list(self._in_flight.values())
+
+    def _owes(self) -> bool:
+        return bool(self._in_flight)
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
@@ -169,11 +119,6 @@ class Connection:
             if len(self._in_flight) == len(self._workers) < self._limit:
                 self._add_worker()
             return request, payload
-
-    def _end(self, error: Exception) -> None:
-        if not self._ended:
-            self._ended = True
-            self._reason = str(error)
 
     def _add_worker(self) -> None:
         worker = threading.Thread(target=self._work, name=f"nbd-{len(self._workers)}", daemon=True)
@@ -210,19 +155,9 @@ class Connection:
     def _perform(self, request: Request, payload: bytes) -> tuple[int, bytes]:
         """Do what a valid request asks for; return its NBD error, 0 for none, and data to send."""
         try:
-            data = perform(self._image, request, payload)
-        except OSError as error:
-            number, cause = nbd_error(error.errno or errno.EIO), str(error)
-        except MemoryError:
-            number, cause = nbd_error(errno.ENOMEM), "out of memory"
+            return 0, perform(self._image, request, payload)
         except Exception as error:  # an answer is owed whatever happens, and it is not success
-            number, cause = nbd_error(errno.EIO), repr(error)
-        else:
-            return 0, data
-        log.error(
-            "%s of %d bytes at %d failed: %s", request.name, request.length, request.offset, cause
-        )
-        return number, b""
+            return failure(request, error), b""
 
     def _reply(self, request: Request, error: int, data: bytes) -> None:
         """Send one reply whole, and count it."""
@@ -232,9 +167,14 @@ class Connection:
                 _send(self._sock, header, data)
             except OSError as failure:
                 self._end(failure)
-                _shutdown(self._sock, socket.SHUT_RDWR)
+                shut_down(self._sock, socket.SHUT_RDWR)
             _, started = self._in_flight.pop(threading.get_ident())
             self.stats.record(request.type, request.length, time.monotonic() - started, error)
+
+
+def threads(image: Image, *, workers: int = WORKERS) -> Engine:
+    """Return the engine of worker threads for an image."""
+    return lambda sock, export: Connection(sock, image, export, workers=workers)
 
 
 def perform(image: Image, request: Request, payload: bytes) -> bytes:
@@ -248,7 +188,7 @@ def perform(image: Image, request: Request, payload: bytes) -> bytes:
     if command == CMD_READ:
         data = image.read(offset, length)
         if len(data) != length:
-            raise OSError(errno.EIO, f"short read of {len(data)} bytes")
+            raise short_read(len(data))
         return data
     if command == CMD_WRITE:
         image.write(offset, payload)
@@ -269,8 +209,3 @@ def _send(sock: socket.socket, header: bytes, data: bytes) -> None:
     total = len(header) + len(data)
     if sent < total:
         sock.sendall(memoryview(header + data)[sent:])
-
-
-def _shutdown(sock: socket.socket, how: int) -> None:
-    with contextlib.suppress(OSError):  # it is shut already, or closed
-        sock.shutdown(how)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
+from rbdnbd.engines import engine
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
 from rbdnbd.live import await_end, opened
@@ -37,7 +38,8 @@ def run_server(
         flags = transmission_flags(read_only=image.read_only, multi_conn=True)
         export = Export(str(image.spec), image.size(), flags)
         sock = stack.enter_context(listen())
-        listener = Listener(sock, image, export)
+        connect = stack.enter_context(engine(image))
+        listener = Listener(sock, image, export, connect)
         listener.start()
         stack.callback(listener.stop, DRAIN_SECONDS)
         log.info("%s is served on %s", image.spec, sock.getsockname())

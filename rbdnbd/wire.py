@@ -118,9 +118,9 @@ def transmission_flags(*, read_only: bool, multi_conn: bool = False) -> int:
     return flags | (FLAG_CAN_MULTI_CONN if multi_conn else 0)
 
 
-def parse_request(header: bytes) -> Request:
+def parse_request(data: bytes | memoryview, position: int = 0) -> Request:
     """Read the 28 bytes of a request; raise `ProtocolError` if they do not begin with its magic."""
-    magic, flags, command, cookie, offset, length = _REQUEST.unpack(header)
+    magic, flags, command, cookie, offset, length = _REQUEST.unpack_from(data, position)
     if magic != REQUEST_MAGIC:
         raise ProtocolError(f"expected request magic {REQUEST_MAGIC:#x}, got {magic:#x}")
     return Request(flags, command, cookie, offset, length)

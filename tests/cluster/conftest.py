@@ -20,6 +20,7 @@ from testbed import elsewhere
 from testbed.cluster import Cluster, ContainerCluster, LocalCluster, ThrowAwayCluster
 from testbed.places import CEPH_CONF
 from testbed.processes import Unavailable
+from tests.support import opening
 
 IMAGE_BUILD_SECONDS = 900
 ON_HOST = "on_host: starts clusters or containers, so it is not run inside of one"
@@ -93,6 +94,12 @@ def options(ceph_conf: Path) -> ClusterOptions:
 def rbd(cluster: Cluster) -> Callable[..., str]:
     """Run Ceph's own rbd command on the cluster and return what it prints."""
     return cluster.rbd
+
+
+@pytest.fixture(params=["bindings", "polled"])
+def each_handle(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open images by the bindings, and again for the event loop."""
+    monkeypatch.setattr(opening, "polled", request.param == "polled")
 
 
 @pytest.fixture

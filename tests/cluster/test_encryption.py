@@ -18,7 +18,7 @@ SIZE = 32 << 20
 LAYERS = hasattr(bindings.Image, "encryption_load2")
 
 # LUKS means a key to take seconds, and LUKS2 to format an image much longer on a busy machine.
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("each_handle")]
 
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]

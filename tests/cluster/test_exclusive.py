@@ -12,6 +12,8 @@ from rbdnbd.image import RbdImage
 from rbdnbd.spec import ClusterOptions
 from tests.support.opening import opened, refusal
 
+pytestmark = pytest.mark.usefixtures("each_handle")
+
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]
 

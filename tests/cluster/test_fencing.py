@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rbdnbd.errors import RbdnbdError
-from rbdnbd.image import fence
+from rbdnbd.fencing import fence
 from rbdnbd.spec import ClusterOptions
 from tests.support.opening import opened
 
@@ -46,6 +46,8 @@ with open_image(spec, options, read_only=False, say=lambda doing: None) as image
     for each in writers: each.start()
     for each in writers: each.join()
 """
+
+pytestmark = pytest.mark.usefixtures("each_handle")
 
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]

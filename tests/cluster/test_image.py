@@ -21,6 +21,8 @@ from tests.support.opening import opened, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.usefixtures("each_handle")
+
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]
 

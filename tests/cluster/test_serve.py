@@ -42,16 +42,18 @@ def serving(ceph_conf: Path, *arguments: str) -> Iterator[tuple[str, subprocess.
         process.communicate(timeout=30)
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def listen(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
-    """Where to listen, in the words of the command line."""
+@pytest.fixture(params=["unix", "tcp", "events"])
+def listen(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
+    """Where to listen, and with which engine, in the words of the command line."""
     if request.param == "unix":
         return "--socket", str(tmp_path / "nbd.sock")
+    if request.param == "events":
+        return "--socket", str(tmp_path / "nbd.sock"), "--io-engine", "events"
     return "--listen", "127.0.0.1:0"
 
 
 def test_what_nbdcopy_copies_in_is_what_rbd_exports(
-    image: MakeImage, ceph_conf: Path, rbd: Rbd, listen: tuple[str, str], tmp_path: Path
+    image: MakeImage, ceph_conf: Path, rbd: Rbd, listen: tuple[str, ...], tmp_path: Path
 ) -> None:
     spec = image("64M")
     noise = tmp_path / "noise"

@@ -18,7 +18,9 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("nbd_module")
 
-ways = pytest.mark.parametrize("way", [(), ("--ioctl",)], ids=["netlink", "ioctl"])
+ways = pytest.mark.parametrize(
+    "way", [(), ("--ioctl",), ("--io-engine", "events")], ids=["netlink", "ioctl", "events"]
+)
 
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]

@@ -30,9 +30,19 @@ def succeed(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture
-def device(rbdnbd: Command, image: MakeImage) -> Iterator[str]:
+def engine() -> str:
+    """The engine that serves the device."""
+    return "threads"
+
+
+each_engine = pytest.mark.parametrize("engine", ["threads", "events"])
+
+
+@pytest.fixture
+def device(rbdnbd: Command, image: MakeImage, engine: str) -> Iterator[str]:
     """An image of 64 MiB, mapped; unmapped in the end whoever serves it then."""
-    device = succeed(rbdnbd("map", image("64M"), "--reattach-timeout", "120"))
+    options = ("--reattach-timeout", "120", "--io-engine", engine)
+    device = succeed(rbdnbd("map", image("64M"), *options))
     yield device
     succeed(rbdnbd("unmap", device))
 
@@ -73,6 +83,7 @@ def requests(device: str) -> int:
     return int(fields[0]) + int(fields[4])
 
 
+@each_engine
 def test_io_waits_from_detach_to_attach_and_goes_on_without_an_error(
     rbdnbd: Command, device: str, rbd: Rbd
 ) -> None:
@@ -103,6 +114,7 @@ def test_sigterm_leaves_the_device_to_a_successor_and_neither_lock_nor_watcher(
         assert disk.read(8) == b"answered"
 
 
+@each_engine
 def test_after_kill_9_the_successor_fences_and_io_goes_on_without_an_error(
     rbdnbd: Command, device: str
 ) -> None:
@@ -115,6 +127,7 @@ def test_after_kill_9_the_successor_fences_and_io_goes_on_without_an_error(
         assert time.monotonic() - attached < 15
 
 
+@each_engine
 def test_what_was_answered_before_a_kill_9_is_there_after_the_attach(
     rbdnbd: Command, device: str
 ) -> None:
@@ -135,6 +148,7 @@ def test_what_was_answered_before_a_kill_9_is_there_after_the_attach(
         os.close(file)
 
 
+@each_engine
 def test_a_living_process_is_replaced_under_io(rbdnbd: Command, device: str) -> None:
     first = process_of(rbdnbd, device)
     with verified_io(device, 30):

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rbdnbd.listener import Listener, listen_tcp, listen_unix, uri
-from rbdnbd.server import Connection
+from rbdnbd.transmission import WORKERS
 from tests.support.client import RawClient
 from tests.support.memory import MemoryImage
+from tests.support.polled import ENGINES, engine
 from tests.support.serving import NAME, Door, Pair, export_of
 
 MIB = 1 << 20
@@ -30,8 +31,14 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
+@pytest.fixture(params=ENGINES)
+def engine_name(request: pytest.FixtureRequest) -> str:
+    """Each engine in turn."""
+    return str(request.param)
+
+
 @pytest.fixture
-def serve(tmp_path: Path, stack: ExitStack) -> Callable[..., Door]:
+def serve(tmp_path: Path, stack: ExitStack, engine_name: str) -> Callable[..., Door]:
     """Serve an image by a listener; what is left of it is stopped after the test."""
 
     def serve(
@@ -40,7 +47,9 @@ def serve(tmp_path: Path, stack: ExitStack) -> Callable[..., Door]:
         path = tmp_path / "nbd.sock"
         listen = listen_unix(path) if family == "unix" else listen_tcp("127.0.0.1", 0)
         sock = stack.enter_context(listen)
-        listener = Listener(sock, image, export_of(image, read_only=read_only), **options)
+        connect = stack.enter_context(engine(engine_name, image))
+        export = export_of(image, read_only=read_only)
+        listener = Listener(sock, image, export, connect, **options)
         listener.start()
         stack.callback(listener.stop, 2.0)
         return Door(listener, sock, uri(sock, NAME), stack)
@@ -61,12 +70,13 @@ def unix(serve: Callable[..., Door], image: MemoryImage) -> Door:
 
 
 @pytest.fixture
-def connect(stack: ExitStack) -> Callable[..., Pair]:
+def connect(stack: ExitStack, engine_name: str) -> Callable[..., Pair]:
     """Serve one connection of an image over a socketpair."""
 
-    def connect(image: MemoryImage, *, read_only: bool = False, workers: int = 128) -> Pair:
+    def connect(image: MemoryImage, *, read_only: bool = False, workers: int = WORKERS) -> Pair:
         ours, theirs = socket.socketpair()
-        connection = Connection(ours, image, export_of(image, read_only=read_only), workers=workers)
+        connect = stack.enter_context(engine(engine_name, image, workers))
+        connection = connect(ours, export_of(image, read_only=read_only))
         pair = Pair(connection, stack.enter_context(RawClient(theirs)))
         stack.callback(pair.ended)
         stack.callback(connection.abort)

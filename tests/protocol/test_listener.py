@@ -18,6 +18,7 @@ import pytest
 from rbdnbd.errors import RbdnbdError, UsageError
 from rbdnbd.handshake import Conversation
 from rbdnbd.listener import Listener, converse, listen_tcp, listen_unix, parse_address, uri
+from rbdnbd.server import threads
 from tests.support.client import DISC, FLUSH, OPT_GO, READ, WRITE, RawClient
 from tests.support.memory import Gate, MemoryImage, failing
 from tests.support.serving import NAME, export_of
@@ -215,7 +216,7 @@ def test_a_client_that_cannot_be_accepted_does_not_close_the_door(image, stack, 
     sock = Socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.bind(("127.0.0.1", 0))
     sock.listen()
-    listener = Listener(sock, image, export_of(image))
+    listener = Listener(sock, image, export_of(image), threads(image))
     listener.start()
     stack.callback(listener.stop, 1.0)
     with RawClient(socket.create_connection(sock.getsockname())) as client:
@@ -436,7 +437,8 @@ def test_the_uri_leads_a_client_to_the_export(tmp_path, name):
     with listen_unix(tmp_path / "a b&c.sock") as sock:
         handle = nbd.NBD()
         handle.set_opt_mode(True)
-        listener = Listener(sock, MemoryImage(512), export_of(MemoryImage(512)))
+        image = MemoryImage(512)
+        listener = Listener(sock, image, export_of(image), threads(image))
         listener.start()
         handle.connect_uri(uri(sock, name))
         assert handle.get_export_name() == name

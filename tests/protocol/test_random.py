@@ -8,10 +8,10 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rbdnbd.server import Connection
 from tests.support.client import (
     DISC,
     EINVAL,
@@ -26,6 +26,7 @@ from tests.support.client import (
     RawClient,
 )
 from tests.support.memory import MemoryImage
+from tests.support.polled import ENGINES, engine
 from tests.support.serving import Pair, export_of
 
 SIZE = 4096
@@ -43,14 +44,16 @@ commands = st.tuples(
 )
 Command = tuple[int, int, int, int, int]
 
+each_engine = pytest.mark.parametrize("engine_name", ENGINES)
+
 
 @contextmanager
-def connected(workers: int = 8) -> Iterator[tuple[Pair, MemoryImage]]:
+def connected(engine_name: str, workers: int = 8) -> Iterator[tuple[Pair, MemoryImage]]:
     """Serve a small image over a socketpair."""
     image = MemoryImage(SIZE)
     ours, theirs = socket.socketpair()
-    with RawClient(theirs) as client:
-        pair = Pair(Connection(ours, image, export_of(image), workers=workers), client)
+    with RawClient(theirs) as client, engine(engine_name, image, workers) as connect:
+        pair = Pair(connect(ours, export_of(image)), client)
         yield pair, image
         theirs.close()
         pair.ended()
@@ -81,11 +84,12 @@ def model(data: bytearray, command: Command) -> tuple[int, bytes]:
     return 0, b""
 
 
+@each_engine
 @settings(deadline=None, max_examples=60)
 @given(st.lists(commands, max_size=30))
-def test_commands_one_after_the_other_do_what_they_do_to_a_bytearray(sequence):
+def test_commands_one_after_the_other_do_what_they_do_to_a_bytearray(engine_name, sequence):
     data = bytearray(SIZE)
-    with connected() as (pair, image):
+    with connected(engine_name) as (pair, image):
         for command in sequence:
             kind, offset, length, flags, byte = command
             payload = bytes([byte]) * length if kind == WRITE else b""
@@ -94,10 +98,11 @@ def test_commands_one_after_the_other_do_what_they_do_to_a_bytearray(sequence):
         assert image.read(0, SIZE) == data
 
 
+@each_engine
 @settings(deadline=None, max_examples=60)
 @given(st.lists(commands, max_size=30), st.randoms(use_true_random=False), st.integers(1, 9))
 def test_commands_cut_anywhere_and_all_in_flight_are_each_answered_as_alone(
-    sequence, randomly, workers
+    engine_name, sequence, randomly, workers
 ):
     """Each command has a lane of its own on the image, so that their order does not matter."""
     sequence = [
@@ -107,7 +112,7 @@ def test_commands_cut_anywhere_and_all_in_flight_are_each_answered_as_alone(
     data = bytearray(range(256)) * (SIZE // 256)
     expected = {n: model(data, command) for n, command in enumerate(sequence)}
     stream = b"".join(pack(command, n) for n, command in enumerate(sequence))
-    with connected(workers) as (pair, image):
+    with connected(engine_name, workers) as (pair, image):
         image.write(0, bytes(range(256)) * (SIZE // 256))
         for piece in pieces(stream, randomly):
             pair.client.send(piece)
@@ -149,10 +154,13 @@ broken = st.builds(
 )
 
 
+@each_engine
 @settings(deadline=None, max_examples=100)
 @given(st.lists(invalid, max_size=10), broken | st.binary(max_size=27))
-def test_invalid_requests_and_garbage_are_refused_and_leave_the_image_untouched(requests, garbage):
-    with connected() as (pair, image):
+def test_invalid_requests_and_garbage_are_refused_and_leave_the_image_untouched(
+    engine_name, requests, garbage
+):
+    with connected(engine_name) as (pair, image):
         pair.client.send(b"".join(requests) + garbage)
         pair.client.sock.shutdown(socket.SHUT_WR)
         for _ in requests:
@@ -161,12 +169,13 @@ def test_invalid_requests_and_garbage_are_refused_and_leave_the_image_untouched(
         assert image.calls == []
 
 
+@each_engine
 @settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=300))
-def test_any_bytes_end_the_connection_when_they_end(data):
+def test_any_bytes_end_the_connection_when_they_end(engine_name, data):
     """Bytes without the magic's first byte are no request, so they change nothing."""
     data = data.replace(b"\x25", b"\x00")
-    with connected() as (pair, image):
+    with connected(engine_name) as (pair, image):
         pair.client.send(data)
         pair.client.sock.shutdown(socket.SHUT_WR)
         assert pair.client.ended()
@@ -174,12 +183,13 @@ def test_any_bytes_end_the_connection_when_they_end(data):
         assert image.calls == []
 
 
+@each_engine
 @settings(deadline=None, max_examples=30)
 @given(st.lists(commands, min_size=1, max_size=10), st.data())
-def test_a_stream_that_ends_anywhere_ends_the_connection(sequence, draw):
+def test_a_stream_that_ends_anywhere_ends_the_connection(engine_name, sequence, draw):
     stream = b"".join(pack(command, n) for n, command in enumerate(sequence))
     cut = draw.draw(st.integers(0, len(stream)))
-    with connected() as (pair, _):
+    with connected(engine_name) as (pair, _):
         pair.client.send(stream[:cut])
         pair.client.sock.shutdown(socket.SHUT_WR)
         pair.client.take_all()
@@ -187,10 +197,11 @@ def test_a_stream_that_ends_anywhere_ends_the_connection(sequence, draw):
         assert pair.connection.in_flight() == []
 
 
+@each_engine
 @settings(deadline=None, max_examples=30)
 @given(st.lists(commands, max_size=10))
-def test_a_goodbye_after_any_requests_answers_them_all(sequence):
-    with connected() as (pair, _):
+def test_a_goodbye_after_any_requests_answers_them_all(engine_name, sequence):
+    with connected(engine_name) as (pair, _):
         for n, command in enumerate(sequence):
             pair.client.send(pack(command, n))
         pair.client.request(DISC)

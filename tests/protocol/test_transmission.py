@@ -8,7 +8,6 @@ import tracemalloc
 
 import pytest
 
-from rbdnbd.server import Connection
 from tests.support.client import (
     DISC,
     EINVAL,
@@ -24,6 +23,7 @@ from tests.support.client import (
     RawClient,
 )
 from tests.support.memory import Gate, MemoryImage
+from tests.support.polled import engine
 from tests.support.serving import Pair, export_of
 from tests.support.waiting import wait_until
 
@@ -174,20 +174,25 @@ def test_a_client_that_only_stops_sending_still_gets_its_answers(pair, image):
     assert pair.client.ended()
 
 
-def test_a_reply_that_the_kernel_takes_a_part_of_is_sent_whole(image, stack):
+@pytest.mark.parametrize("at_once", [1, 5, 17, 20])
+def test_replies_that_the_kernel_takes_parts_of_are_sent_whole(image, stack, engine_name, at_once):
     class Stingy(socket.socket):
         def send(self, data: bytes, flags: int = 0) -> int:
-            return super().send(data[:5], flags)
+            return super().send(data[:at_once], flags)
 
         def sendmsg(self, buffers: list[bytes]) -> int:
             return self.send(b"".join(buffers))
 
     ours, theirs = socket.socketpair()
     client = stack.enter_context(RawClient(theirs))
-    pair = Pair(Connection(Stingy(fileno=ours.detach()), image, export_of(image)), client)
+    connect = stack.enter_context(engine(engine_name, image))
+    pair = Pair(connect(Stingy(fileno=ours.detach()), export_of(image)), client)
     stack.callback(pair.ended)
     client.write(0, b"0123456789")
-    assert client.read(0, 10) == b"0123456789"
+    sent = {client.request(READ, offset, 10 - offset): offset for offset in range(10)}
+    for _ in sent:
+        cookie, error, data = client.reply()
+        assert (error, data) == (0, b"0123456789"[sent[cookie] :])
     client.request(DISC)
 
 

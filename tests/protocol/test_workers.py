@@ -1,4 +1,4 @@
-"""One worker for each request in flight, up to the limit."""
+"""As many requests are performed at once as are in flight, up to the limit, by either engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from tests.support.memory import Gate, MemoryImage
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
+
+
+THREADS = pytest.mark.parametrize("engine_name", ["threads"])
+EVENTS = pytest.mark.parametrize("engine_name", ["events"])
 
 
 def workers() -> int:
@@ -34,12 +38,37 @@ def test_no_more_requests_are_performed_at_once_than_the_limit(connect, image):
     client = connect(image, workers=4).client
     sent = {client.request(READ, 0, 512) for _ in range(20)}
     wait_until(lambda: gate.waiting == 4, 5, "four reads at once")
+    gate.open()
+    assert {client.reply()[0] for _ in range(20)} == sent
+    assert gate.most == 4
+
+
+@THREADS
+def test_no_more_workers_are_started_than_the_limit(connect, image):
+    gate = image.hook = Gate("read")
+    client = connect(image, workers=4).client
+    sent = {client.request(READ, 0, 512) for _ in range(20)}
+    wait_until(lambda: gate.waiting == 4, 5, "four reads at once")
     assert workers() == 3
     gate.open()
     assert {client.reply()[0] for _ in range(20)} == sent
     assert workers() == 3
 
 
+@EVENTS
+def test_the_loop_is_one_thread_however_many_requests_are_in_flight(connect, image):
+    gate = image.hook = Gate("read")
+    client = connect(image).client
+    for _ in range(64):
+        client.request(READ, 0, 512)
+    wait_until(lambda: gate.waiting == 64, 5, "64 reads at once")
+    assert workers() == 1
+    gate.open()
+    for _ in range(64):
+        client.reply()
+
+
+@THREADS
 def test_one_worker_serves_one_request_after_the_other(connect, image):
     client = connect(image, workers=1).client
     sent = [client.request(READ, 0, 512) for _ in range(20)]
@@ -47,6 +76,7 @@ def test_one_worker_serves_one_request_after_the_other(connect, image):
     assert workers() == 0
 
 
+@THREADS
 def test_workers_are_started_on_demand_and_used_again(connect, image):
     client = connect(image).client
     for _ in range(200):
@@ -54,6 +84,7 @@ def test_workers_are_started_on_demand_and_used_again(connect, image):
     assert workers() <= 2
 
 
+@THREADS
 def test_a_burst_needs_no_new_workers_after_another_one(connect, image):
     client = connect(image).client
     for _ in range(5):
@@ -77,6 +108,7 @@ def test_a_slow_request_does_not_hold_up_the_ones_after_it(connect, image):
     assert client.reply() == (slow, 0, b"")
 
 
+@THREADS
 def test_no_worker_is_left_when_the_connection_has_ended(connect, image):
     pair = connect(image)
     gate = image.hook = Gate("read")
@@ -89,6 +121,7 @@ def test_no_worker_is_left_when_the_connection_has_ended(connect, image):
     assert workers() == 0
 
 
+@THREADS
 def test_a_connection_goes_on_with_the_workers_it_has_when_no_more_can_be_started(
     connect, image, monkeypatch
 ):
@@ -101,7 +134,7 @@ def test_a_connection_goes_on_with_the_workers_it_has_when_no_more_can_be_starte
         assert client.read(0, 4) == bytes(4)
 
 
-def test_idle_workers_keep_no_data_of_requests_that_are_answered(connect):
+def test_no_data_is_kept_of_requests_that_are_answered_when_there_are_no_more(connect):
     image = MemoryImage(8 * MIB)
     gate = image.hook = Gate("read", "write")
     client = connect(image).client
@@ -114,6 +147,6 @@ def test_idle_workers_keep_no_data_of_requests_that_are_answered(connect):
         gate.open()
         for _ in range(8):
             client.reply()
-        wait_until(lambda: tracemalloc.get_traced_memory()[0] < MIB, 5, "all buffers to be gone")
+        wait_until(lambda: tracemalloc.get_traced_memory()[0] < MIB, 10, "all buffers to be gone")
     finally:
         tracemalloc.stop()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rbdnbd.server import Image
+from rbdnbd.transmission import Image
 
 SIZE = 48 << 20
 """Bytes of the image under test: more than the largest request, and several RBD objects."""

@@ -70,19 +70,23 @@ class MemoryImage:
 
 
 class Gate:
-    """A hook that holds calls of some names until it is opened; `waiting` says how many."""
+    """A hook that holds calls of some names until it is opened.
+
+    `waiting` says how many, `most` how many it ever were.
+    """
 
     def __init__(self, *names: str) -> None:
         self._names = names
         self._open = threading.Event()
         self._lock = threading.Lock()
-        self.waiting = 0
+        self.waiting = self.most = 0
 
     def __call__(self, name: str, offset: int, length: int) -> None:
         """Hold the calling thread if the call has one of the names."""
         if name in self._names:
             with self._lock:
                 self.waiting += 1
+                self.most = max(self.most, self.waiting)
             assert self._open.wait(30), f"nobody opened the gate to {name}"
             with self._lock:
                 self.waiting -= 1

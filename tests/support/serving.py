@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import nbd
 
 from rbdnbd.listener import Listener
-from rbdnbd.server import Connection
+from rbdnbd.transmission import Transmission
 from rbdnbd.wire import Export, transmission_flags
 from tests.support.client import RawClient
 from tests.support.memory import MemoryImage
@@ -54,7 +54,7 @@ class Door:
 class Pair:
     """One connection of the server on a socketpair, no listener, served in a thread of its own."""
 
-    connection: Connection
+    connection: Transmission
     client: RawClient
     reasons: list[str] = field(default_factory=list)
 

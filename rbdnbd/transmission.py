@@ -1,0 +1,145 @@
+"""What both engines share of the transmission phase: what an image is, and how a connection ends.
+
+An engine serves the requests of one connection: `rbdnbd.server` with a thread for each of them,
+`rbdnbd.events` with one thread for all. They validate, perform and reply alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, Protocol
+
+from rbdnbd.stats import Stats
+from rbdnbd.wire import Export, Request, nbd_error
+
+log = logging.getLogger(__name__)
+
+WORKERS: Final = 128
+"""Requests of one connection in flight: the kernel's queue depth (nbd.c, tag_set.queue_depth)."""
+
+_DRAIN_INTERVAL: Final = 0.005
+
+
+class Image(Protocol):
+    """What the server needs of an image: blocking calls that any thread may make.
+
+    Offsets and lengths are bytes within the image. Every failure is an `OSError` with its errno; a
+    call that returns has done all of what it was asked.
+    """
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of `data`; it is stable after a later `flush`."""
+
+    def flush(self) -> None:
+        """Return when every write that has returned before is stable."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Let go of the space; what is read there afterwards is anything."""
+
+    def write_zeroes(self, offset: int, length: int, *, no_hole: bool) -> None:
+        """Make the range read as zeroes; with `no_hole` its space stays allocated."""
+
+
+class Transmission(ABC):
+    """One client in the transmission phase, on a connected stream socket closed at the end.
+
+    Any thread may call its methods, at any time.
+    """
+
+    def __init__(self, sock: socket.socket, export: Export) -> None:
+        self.stats = Stats()
+        self.export = export
+        self._sock = sock
+        self._ended = False
+        self._reason = ""
+
+    @abstractmethod
+    def serve(self) -> str:
+        """Serve until the client leaves or `stop` is called, and every request read is answered.
+
+        Returns why it ended, for the log; "" for a client that said goodbye (NBD_CMD_DISC) or was
+        stopped.
+        """
+
+    @abstractmethod
+    def in_flight(self) -> list[tuple[Request, float]]:
+        """Return the requests being performed and the `time.monotonic` when each was read."""
+
+    def stop(self, patience: float = 0.0) -> None:
+        """Take no further request; those that have been taken are answered.
+
+        The kernel's driver hangs up when its next request cannot be sent (nbd_mark_nsock_dead), so
+        that replies which are still on their way are lost: for at most `patience` seconds it is
+        given them before the socket is shut.
+        """
+        self._ended = True
+        deadline = time.monotonic() + patience
+        while self._owes() and time.monotonic() < deadline:
+            time.sleep(_DRAIN_INTERVAL)
+        shut_down(self._sock, socket.SHUT_RD)
+        self._look_up()
+
+    def abort(self) -> None:
+        """Hang up without waiting for a peer that does not take its replies."""
+        self._ended = True
+        shut_down(self._sock, socket.SHUT_RDWR)
+        self._look_up()
+
+    def resize(self, size: int) -> None:
+        """Have requests be held against a new size, in bytes, from now on."""
+        self.export = replace(self.export, size=size)
+
+    def ended(self) -> bool:
+        """Tell whether no further request will be read."""
+        return self._ended
+
+    @abstractmethod
+    def _owes(self) -> bool:
+        """Tell whether a reply has yet to be sent."""
+
+    def _look_up(self) -> None:  # noqa: B027
+        """Have whoever serves see what has changed, if the socket does not tell."""
+
+    def _end(self, error: Exception) -> None:
+        if not self._ended:
+            self._ended = True
+            self._reason = str(error)
+
+
+Engine = Callable[[socket.socket, Export], Transmission]
+"""Makes what serves a client on a connected socket, for an image that it knows."""
+
+
+def failure(request: Request, error: Exception) -> int:
+    """Log why a request failed and return the NBD error that answers it, never 0."""
+    if isinstance(error, OSError):
+        number, cause = nbd_error(error.errno or errno.EIO), str(error)
+    elif isinstance(error, MemoryError):
+        number, cause = nbd_error(errno.ENOMEM), "out of memory"
+    else:
+        number, cause = nbd_error(errno.EIO), repr(error)
+    log.error(
+        "%s of %d bytes at %d failed: %s", request.name, request.length, request.offset, cause
+    )
+    return number
+
+
+def short_read(length: int) -> OSError:
+    """Return what an image has failed with that read less than it was asked for."""
+    return OSError(errno.EIO, f"short read of {length} bytes")
+
+
+def shut_down(sock: socket.socket, how: int) -> None:
+    """Shut a socket down that may be shut already, or closed."""
+    with contextlib.suppress(OSError):  # it is shut already, or closed
+        sock.shutdown(how)
