@@ -91,7 +91,7 @@ class Loop:
         self._members: dict[int, Member] = {}
         self._new: deque[Member] = deque()
         self._stopping = False
-        self._broken = ""
+        self._over = ""
         self._thread = threading.Thread(target=self._run, name="nbd-loop", daemon=True)
 
     def __enter__(self) -> Loop:
@@ -101,7 +101,7 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread; every member has left."""
+        """End the thread; a member that is still served leaves, and whoever waits for it goes on."""
         self._stopping = True
         self.wake()
         self._thread.join()
@@ -111,8 +111,8 @@ class Loop:
     def add(self, member: Member) -> None:
         """Serve a socket from now on. Any thread."""
         self._new.append(member)
-        if self._broken:
-            member.leave(self._broken)
+        if self._over:
+            member.leave(self._over)
         self.wake()
 
     def wake(self) -> None:
@@ -120,14 +120,17 @@ class Loop:
         os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
+        over = "the event loop has ended"
         try:
             self._serve()
         except BaseException as error:  # a defect: better no device than one that waits for ever
-            self._broken = f"the event loop has failed: {error!r}"
+            over = f"the event loop has failed: {error!r}"
+            raise
+        finally:
+            self._over = over
             self._admit()
             for member in self._members.values():
-                member.leave(self._broken)
-            raise
+                member.leave(over)
 
     def _serve(self) -> None:
         while not self._stopping:

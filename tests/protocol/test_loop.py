@@ -33,6 +33,16 @@ def test_a_loop_that_breaks_ends_all_its_connections_and_those_that_come_later(m
         assert pair.ended().startswith("the event loop has failed: ZeroDivisionError")
 
 
+def test_a_loop_that_ends_takes_its_connections_along(stack):
+    image = MemoryImage(4096)
+    ours, theirs = socket.socketpair()
+    client = stack.enter_context(RawClient(theirs))
+    with polled(image) as pollable, Loop(pollable) as loop:
+        pair = Pair(EventConnection(loop, ours, export_of(image)), client)
+        assert client.read(0, 512) == bytes(512)
+    assert pair.ended() == "the event loop has ended"
+
+
 def test_a_buffer_is_used_again_for_a_request_of_its_size():
     buffers = Buffers()
     first = buffers.take(4096)

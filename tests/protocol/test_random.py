@@ -54,9 +54,11 @@ def connected(engine_name: str, workers: int = 8) -> Iterator[tuple[Pair, Memory
     ours, theirs = socket.socketpair()
     with RawClient(theirs) as client, engine(engine_name, image, workers) as connect:
         pair = Pair(connect(ours, export_of(image)), client)
-        yield pair, image
-        theirs.close()
-        pair.ended()
+        try:
+            yield pair, image
+        finally:  # also where hypothesis gives an example up
+            theirs.close()
+            pair.ended()
 
 
 def pack(command: Command, cookie: int) -> bytes:
