@@ -101,7 +101,7 @@ class Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread; a member that is still served leaves, and whoever waits for it goes on."""
+        """End the thread; a member that is still served leaves, so that nobody waits for it."""
         self._stopping = True
         self.wake()
         self._thread.join()
