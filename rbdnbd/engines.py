@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Final
 
 from rbdnbd.events import EventConnection
 from rbdnbd.image import RbdImage
@@ -12,11 +14,16 @@ from rbdnbd.loop import Loop
 from rbdnbd.server import threads
 from rbdnbd.transmission import Engine
 
+_SWITCH_SECONDS: Final = 0.2
+"""Workers hold the interpreter for microseconds and let go of it by themselves. Those that wait for
+it need not look every 5 ms, a hundred of them at once, whether its holder is to be interrupted."""
+
 
 @contextmanager
 def engine(image: RbdImage) -> Iterator[Engine]:
     """Serve the image's connections, which end before the `with` does."""
     if image.polled is None:
+        sys.setswitchinterval(_SWITCH_SECONDS)
         yield threads(image)
         return
     with Loop(image.polled) as loop:

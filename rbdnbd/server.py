@@ -6,6 +6,10 @@ the image, and sends its own reply. No dispatcher and no queue between threads: 
 one thread from its header to its reply. Workers are started when a request arrives and no idle one
 is left, up to a limit.
 
+Whoever sends a reply sends all that are ready, in one call: a worker with a small one that finds
+another at it leaves it there and goes on. Threads that wait for each other are what an interpreter
+with one lock is slow at.
+
 Each request is validated, then performed, then answered. One that fails validation still has its
 payload read, so that the stream stays in step. An error of the image goes back as the error number
 nearest to its errno and is logged with offset and length; nothing is masked as success.
@@ -17,6 +21,7 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from typing import Final
 
 from rbdnbd.transmission import (
@@ -49,6 +54,21 @@ from rbdnbd.wire import (
 log = logging.getLogger(__name__)
 
 _DISCARDED_AT_ONCE: Final = 1 << 20
+_SENT_AT_ONCE: Final = 512  # replies; IOV_MAX is twice that
+_LARGE: Final = 256 << 10
+"""A worker waits to send a reply of this size: what has yet to be sent stays within bounds."""
+
+
+class Performance:
+    """One request from its header to its reply."""
+
+    __slots__ = ("data", "error", "request", "started")
+
+    def __init__(self, request: Request, started: float) -> None:
+        self.request = request
+        self.started = started
+        self.error = 0
+        self.data = b""
 
 
 class Connection(Transmission):
@@ -61,7 +81,9 @@ class Connection(Transmission):
         self._image = image
         self._limit = workers
         self._workers: list[threading.Thread] = []
-        self._in_flight: dict[int, tuple[Request, float]] = {}
+        self._busy: set[int] = set()
+        self._in_flight: dict[Performance, None] = {}
+        self._unsent: deque[Performance] = deque()
         self._turn = threading.Lock()
         self._sending = threading.Lock()
 
@@ -82,7 +104,7 @@ class Connection(Transmission):
 
     def in_flight(self) -> list[tuple[Request, float]]:
         """Return the requests being performed and the `time.monotonic` when each was read."""
-        return list(self._in_flight.values())
+        return [(each.request, each.started) for each in list(self._in_flight)]
 
     def _owes(self) -> bool:
         return bool(self._in_flight)
@@ -92,33 +114,38 @@ class Connection(Transmission):
             self._answer(*taken)
             del taken  # an idle worker holds on to no payload
 
-    def _answer(self, request: Request, payload: bytes) -> None:
+    def _answer(self, performance: Performance, payload: bytes) -> None:
         """Validate, then perform, then reply."""
-        error = validate(request, self.export)
-        data = b""
-        if not error:
-            error, data = self._perform(request, payload)
-        self._reply(request, error, data)
+        request = performance.request
+        performance.error = validate(request, self.export)
+        if not performance.error:
+            performance.error, performance.data = self._perform(request, payload)
+        self._reply(performance)
+        self._busy.discard(threading.get_ident())
 
-    def _take(self) -> tuple[Request, bytes] | None:
+    def _take(self) -> tuple[Performance, bytes] | None:
         """Wait for the reading turn and read one request; None when there will be no more."""
         with self._turn:
             if self._ended:
                 return None
+            performance = None
             try:
                 request = parse_request(self._receive(REQUEST_SIZE))
                 if request.type == CMD_DISC:
                     self._ended = True
                     return None
-                self._in_flight[threading.get_ident()] = (request, time.monotonic())
+                performance = Performance(request, time.monotonic())
+                self._in_flight[performance] = None
                 payload = self._payload(request) if request.type == CMD_WRITE else b""
             except (OSError, EOFError, MemoryError, ProtocolError) as error:
-                self._in_flight.pop(threading.get_ident(), None)
+                if performance:
+                    del self._in_flight[performance]
                 self._end(error)
                 return None
-            if len(self._in_flight) == len(self._workers) < self._limit:
+            self._busy.add(threading.get_ident())
+            if len(self._busy) == len(self._workers) < self._limit:
                 self._add_worker()
-            return request, payload
+            return performance, payload
 
     def _add_worker(self) -> None:
         worker = threading.Thread(target=self._work, name=f"nbd-{len(self._workers)}", daemon=True)
@@ -159,17 +186,40 @@ class Connection(Transmission):
         except Exception as error:  # an answer is owed whatever happens, and it is not success
             return failure(request, error), b""
 
-    def _reply(self, request: Request, error: int, data: bytes) -> None:
-        """Send one reply whole, and count it."""
-        header = simple_reply(request.cookie, error)
-        with self._sending:
+    def _reply(self, performance: Performance) -> None:
+        """Send one reply, and all others that are ready, unless another worker does."""
+        self._unsent.append(performance)
+        while self._unsent:
+            wait = len(performance.data) >= _LARGE or len(self._unsent) >= self._limit
+            if not self._sending.acquire(wait):
+                return
             try:
-                _send(self._sock, header, data)
-            except OSError as failure:
-                self._end(failure)
-                shut_down(self._sock, socket.SHUT_RDWR)
-            _, started = self._in_flight.pop(threading.get_ident())
-            self.stats.record(request.type, request.length, time.monotonic() - started, error)
+                self._send(self._ready())
+            finally:
+                self._sending.release()
+
+    def _ready(self) -> list[Performance]:
+        """Return what is to be sent at once, in the order in which it was done."""
+        count = min(len(self._unsent), _SENT_AT_ONCE)
+        return [self._unsent.popleft() for _ in range(count)]
+
+    def _send(self, ready: list[Performance]) -> None:
+        """Send replies whole, and count them."""
+        pieces = []
+        for each in ready:
+            pieces.append(simple_reply(each.request.cookie, each.error))
+            if each.data:
+                pieces.append(each.data)
+        try:
+            _send(self._sock, pieces)
+        except OSError as failure:
+            self._end(failure)
+            shut_down(self._sock, socket.SHUT_RDWR)
+        now = time.monotonic()
+        for each in ready:
+            request = each.request
+            self.stats.record(request.type, request.length, now - each.started, each.error)
+            del self._in_flight[each]
 
 
 def threads(image: Image, *, workers: int = WORKERS) -> Engine:
@@ -203,9 +253,10 @@ def perform(image: Image, request: Request, payload: bytes) -> bytes:
     return data
 
 
-def _send(sock: socket.socket, header: bytes, data: bytes) -> None:
-    """Send header and data in one call, and the rest of it should the kernel take only a part."""
-    sent = sock.sendmsg([header, data]) if data else sock.send(header)
-    total = len(header) + len(data)
-    if sent < total:
-        sock.sendall(memoryview(header + data)[sent:])
+def _send(sock: socket.socket, pieces: list[bytes]) -> None:
+    """Send all of it in one call, and the rest should the kernel take only a part."""
+    if not pieces:
+        return
+    sent = sock.sendmsg(pieces)
+    if sent < sum(map(len, pieces)):
+        sock.sendall(memoryview(b"".join(pieces))[sent:])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import tracemalloc
 
 import pytest
 
-from tests.support.client import DISC, READ, WRITE
+from tests.support.client import DISC, FLUSH, READ, WRITE, RawClient
 from tests.support.memory import Gate, MemoryImage
+from tests.support.polled import engine
+from tests.support.serving import Pair, export_of
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -106,6 +109,37 @@ def test_a_slow_request_does_not_hold_up_the_ones_after_it(connect, image):
         assert client.call(READ, 0, 4) == (0, bytes(4))
     gate.open()
     assert client.reply() == (slow, 0, b"")
+
+
+@THREADS
+def test_replies_that_are_ready_while_another_is_being_sent_leave_in_one_call(
+    image, stack, engine_name
+):
+    calls: list[int] = []
+    sending = threading.Event()
+
+    class Slow(socket.socket):
+        """Holds up the first reply."""
+
+        def sendmsg(self, buffers: list[bytes]) -> int:
+            calls.append(len(buffers))
+            if len(calls) == 1:
+                assert sending.wait(10)
+            return super().sendmsg(buffers)
+
+    ours, theirs = socket.socketpair()
+    client = stack.enter_context(RawClient(theirs))
+    connect = stack.enter_context(engine(engine_name, image, workers=2))
+    pair = Pair(connect(Slow(fileno=ours.detach()), export_of(image)), client)
+    stack.callback(pair.ended)
+    sent = [client.request(FLUSH)]
+    wait_until(lambda: calls, 5, "the first reply")
+    sent += [client.request(READ, 0, 4) for _ in range(2)]  # for the one worker that is left
+    wait_until(lambda: len(pair.connection._unsent) == 2, 5, "two replies that are ready")
+    sending.set()
+    assert [client.reply()[0] for _ in sent] == sent
+    assert calls == [1, 4]
+    client.request(DISC)
 
 
 @THREADS
