@@ -2,9 +2,9 @@
 
 One worker thread for each request in flight, as leader and followers: an idle worker takes the
 reading turn, reads one request, passes the turn on, performs the request with a blocking call of
-the image, and sends its own reply. No dispatcher and no queue between threads: a request belongs to
-one thread from its header to its reply. Workers are started when a request arrives and no idle one
-is left, up to a limit.
+the image, and sees to its reply. No dispatcher and no queue of requests: a request belongs to one
+thread from its header to its result. Workers are started when a request arrives and no idle one is
+left, up to a limit.
 
 Whoever sends a reply sends all that are ready, in one call: a worker with a small one that finds
 another at it leaves it there and goes on. Threads that wait for each other are what an interpreter
@@ -194,7 +194,8 @@ class Connection(Transmission):
             if not self._sending.acquire(wait):
                 return
             try:
-                self._send(self._ready())
+                if ready := self._ready():
+                    self._send(ready)
             finally:
                 self._sending.release()
 
@@ -255,8 +256,6 @@ def perform(image: Image, request: Request, payload: bytes) -> bytes:
 
 def _send(sock: socket.socket, pieces: list[bytes]) -> None:
     """Send all of it in one call, and the rest should the kernel take only a part."""
-    if not pieces:
-        return
     sent = sock.sendmsg(pieces)
     if sent < sum(map(len, pieces)):
         sock.sendall(memoryview(b"".join(pieces))[sent:])
