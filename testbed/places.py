@@ -29,6 +29,7 @@ from testbed.vm import VM, VMLost
 
 ROOT = Path(__file__).resolve().parent.parent
 CEPH_CONF = "RBDNBD_TEST_CEPH_CONF"
+TORTURE = "RBDNBD_TORTURE"
 DEBIAN13_ROOT = "RBDNBD_TEST_DEBIAN13_ROOT"
 DEBIAN13_TESTS = "test_debian13"  # how the names of files begin whose tests need that root
 PRINTED_LINES = 30
@@ -118,6 +119,7 @@ class KernelVM:
     def _environment(self, arguments: Sequence[str], say: Say) -> dict[str, str]:
         """Return what tests in the VM are told; a Debian 13 is made only for those that want it."""
         env = {
+            **{name: os.environ[name] for name in (TORTURE,) if name in os.environ},
             CEPH_CONF: str(self.ceph_conf),
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTHONDONTWRITEBYTECODE": "1",

@@ -21,6 +21,7 @@ import pytest
 
 from testbed import places
 from testbed.elsewhere import PlaceLost, report_lost, run_elsewhere, say
+from tests.support.torture import Torture, torture
 
 TESTS = Path(__file__).resolve().parent
 TIERS = {
@@ -64,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, signal.SIG_DFL)
     for tier, meaning in TIERS.items():
         config.addinivalue_line("markers", f"{tier}: {meaning}")
+    config.addinivalue_line("markers", "torture: breaks something under load; `make torture`")
     required_tiers()
     if not config.getoption("elsewhere_reports", None):
         config.pluginmanager.register(Places(), "places")
@@ -110,6 +112,12 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _forbid_skip(report)
     return report
+
+
+@pytest.fixture(name="torture")
+def _torture() -> Torture:
+    """How often a test of faults tries, and at which random moments."""
+    return torture()
 
 
 class Places:
