@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import rbdnbd
-from rbdnbd import daemon
+from rbdnbd import background, daemon
 from rbdnbd.devices import NbdDevices
 from rbdnbd.drop_in_args import DEVICE, Request, parse
 from rbdnbd.errors import (
@@ -182,7 +182,7 @@ def _begin(request: Request) -> None:
         return
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_by_signal)
-    fields = daemon.start(sys.argv[1:], _say, module="rbdnbd.drop_in")
+    fields = background.start(sys.argv[1:], _say, program=("-m", "rbdnbd.drop_in"))
     _print(_device_line(request, fields["X_RBDNBD_DEVICE"], fields["X_RBDNBD_COOKIE"]))
 
 

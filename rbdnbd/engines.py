@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
-from rbdnbd.events import EventConnection
 from rbdnbd.image import RbdImage
-from rbdnbd.loop import Loop
-from rbdnbd.server import threads
 from rbdnbd.transmission import Engine
 
 _SWITCH_SECONDS: Final = 0.2
@@ -23,8 +20,13 @@ it need not look every 5 ms, a hundred of them at once, whether its holder is to
 def engine(image: RbdImage) -> Iterator[Engine]:
     """Serve the image's connections, which end before the `with` does."""
     if image.polled is None:
+        from rbdnbd.server import threads
+
         sys.setswitchinterval(_SWITCH_SECONDS)
         yield threads(image)
         return
+    from rbdnbd.events import EventConnection
+    from rbdnbd.loop import Loop
+
     with Loop(image.polled) as loop:
         yield partial(EventConnection, loop)

@@ -16,21 +16,24 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rbdnbd import daemon
 from rbdnbd.control import RUN_DIR
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Busy, CookieMismatch, NotMapped, RbdnbdError
-from rbdnbd.fencing import fence
-from rbdnbd.image import RbdImage
-from rbdnbd.kernel import Attachment, NbdDriver
+from rbdnbd.holdings import Fate, opened
 from rbdnbd.life import Life
-from rbdnbd.live import Bind, Fate, Ready, live, opened
-from rbdnbd.mapped import detach, left_behind, on_device
+from rbdnbd.modprobe import load_driver
 from rbdnbd.pressure import endure
 from rbdnbd.record import Ownership, Record, find
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
-from rbdnbd.wire import Export
+
+if TYPE_CHECKING:
+    from rbdnbd.image import RbdImage
+    from rbdnbd.kernel import Attachment, NbdDriver
+    from rbdnbd.live import Bind, Ready
+    from rbdnbd.wire import Export
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +49,24 @@ def run_mapping(
 
     Main thread. Raises `RbdnbdError` and `Interrupted`, with everything undone.
     """
-    driver = NbdDriver()
-    driver.load(options.nbds_max, options.max_part)
+    load_driver(NbdDevices(), nbds_max=options.nbds_max, max_part=options.max_part)
     endure()
     life = Life()
     options = replace(options, cookie=options.cookie or str(uuid.uuid4()))
     with ExitStack() as stack:
         fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
         fate.device_is_ours()
-        image = opened(stack, life, spec, without_cache(cluster, options), options)
+        opening = (spec, without_cache(cluster, options), options)
+        image = opened(stack, life, *opening, meanwhile=_import_the_rest)
+        from rbdnbd.live import live
+
         fate.record(image, cluster, options)
-        live(stack, life, fate, image, options, _attaching(driver, options), ready)
+        live(stack, life, fate, image, options, _attaching(options), ready)
+
+
+def _import_the_rest() -> None:
+    """Import what a device needs, while others are at work: at the cluster, it would come later."""
+    import rbdnbd.live  # noqa: F401
 
 
 def run_mapping_or_attach(
@@ -72,6 +82,8 @@ def run_mapping_or_attach(
     device. It goes on with the options that the device was mapped with. Main thread. Raises
     as `run_attach` and `run_mapping` do, and `Busy` if a living process has the image mapped.
     """
+    from rbdnbd.mapped import left_behind
+
     device = left_behind(spec, cluster, NbdDevices(), run_dir)
     if device is None:
         run_mapping(spec, cluster, options, ready, run_dir)
@@ -98,6 +110,10 @@ def run_attach(
     the device waits for a moment only. Main thread. Raises as `run_mapping` does; the device is
     left as it was.
     """
+    from rbdnbd.kernel import NbdDriver
+    from rbdnbd.live import live
+    from rbdnbd.mapped import detach, on_device
+
     endure()
     life, driver = Life(), NbdDriver()
     assert options.device is not None
@@ -136,9 +152,11 @@ def without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOption
     return replace(cluster, settings=(("rbd_cache", "false"), *cluster.settings))
 
 
-def _attaching(driver: NbdDriver, options: MapOptions) -> Bind:
+def _attaching(options: MapOptions) -> Bind:
+    from rbdnbd.kernel import NbdDriver
+
     def bind(sock: socket.socket, export: Export, block_size: int) -> Attachment:
-        return driver.attach(
+        return NbdDriver().attach(
             sock,
             size=export.size,
             block_size=block_size,
@@ -199,5 +217,7 @@ def _succeed(record: Record | None, image: RbdImage, device: str) -> None:
     if record.image_id != image.image_id or record.spec.snap != image.spec.snap:
         raise RbdnbdError(f"{device} is a mapping of {record.spec}, not of {image.spec}")
     if not record.detached and not image.read_only:
+        from rbdnbd.fencing import fence
+
         daemon.notify(STATUS=f"fencing the last process of {device}")
         fence(image, record.address)

@@ -81,11 +81,11 @@ def started(monkeypatch) -> list[Started]:
     """Have a background process be ready at once; returns what was started."""
     starts: list[Started] = []
 
-    def start(words, say, seconds=0.0, module=""):
-        starts.append(Started(list(words), module))
+    def start(words, say, seconds=0.0, program=()):
+        starts.append(Started(list(words), program))
         return LIVE
 
-    monkeypatch.setattr(daemon, "start", start)
+    monkeypatch.setattr(background, "start", start)
     monkeypatch.setattr(drop_in.signal, "signal", lambda *_: None)
     return starts
 
