@@ -27,14 +27,13 @@ from rbdnbd import daemon
 from rbdnbd.cli_list import list_mapped, name_command, stats_command
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Interrupted, RbdnbdError
-from rbdnbd.options import (
+from rbdnbd.mapping_options import (
     ENGINE_OPTION,
-    cluster_options,
-    image_options,
     map_only_options,
     mapping_options,
     process_options,
 )
+from rbdnbd.options import cluster_options, image_options
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 
 log = logging.getLogger(__name__)

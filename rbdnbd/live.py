@@ -29,10 +29,11 @@ from rbdnbd.devices import NbdDevices
 from rbdnbd.engines import engine
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.hook import quiescing
-from rbdnbd.image import RbdImage, open_image
+from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment
 from rbdnbd.life import Life
 from rbdnbd.names import announce
+from rbdnbd.opening import open_image
 from rbdnbd.record import Ownership, Record
 from rbdnbd.resize import following
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions

@@ -24,6 +24,7 @@ import time
 from collections import deque
 from typing import Final
 
+from rbdnbd.stream import receive, send, throw_away
 from rbdnbd.transmission import (
     WORKERS,
     Engine,
@@ -53,7 +54,6 @@ from rbdnbd.wire import (
 
 log = logging.getLogger(__name__)
 
-_DISCARDED_AT_ONCE: Final = 1 << 20
 _SENT_AT_ONCE: Final = 512  # replies; IOV_MAX is twice that
 _LARGE: Final = 256 << 10
 """A worker waits to send a reply of this size: what has yet to be sent stays within bounds."""
@@ -130,7 +130,7 @@ class Connection(Transmission):
                 return None
             performance = None
             try:
-                request = parse_request(self._receive(REQUEST_SIZE))
+                request = parse_request(receive(self._sock, REQUEST_SIZE))
                 if request.type == CMD_DISC:
                     self._ended = True
                     return None
@@ -157,26 +157,11 @@ class Connection(Transmission):
         else:
             self._workers.append(worker)
 
-    def _receive(self, length: int) -> bytes:
-        """Read exactly `length` bytes; without a copy if they arrive in one piece."""
-        data = self._sock.recv(length, socket.MSG_WAITALL)
-        if len(data) == length:
-            return data
-        received = bytearray(data)
-        while len(received) < length:
-            if not data:
-                raise EOFError("the peer hung up" + (" in mid-request" if received else ""))
-            data = self._sock.recv(length - len(received), socket.MSG_WAITALL)
-            received += data
-        return bytes(received)
-
     def _payload(self, request: Request) -> bytes:
         """Read a WRITE's payload; one that is too long to be taken is read and thrown away."""
         if request.length <= MAX_PAYLOAD:
-            return self._receive(request.length) if request.length else b""
-        left = request.length
-        while left:
-            left -= len(self._receive(min(left, _DISCARDED_AT_ONCE)))
+            return receive(self._sock, request.length) if request.length else b""
+        throw_away(self._sock, request.length)
         return b""
 
     def _perform(self, request: Request, payload: bytes) -> tuple[int, bytes]:
@@ -212,7 +197,7 @@ class Connection(Transmission):
             if each.data:
                 pieces.append(each.data)
         try:
-            _send(self._sock, pieces)
+            send(self._sock, pieces)
         except OSError as failure:
             self._end(failure)
             shut_down(self._sock, socket.SHUT_RDWR)
@@ -252,10 +237,3 @@ def perform(image: Image, request: Request, payload: bytes) -> bytes:
     if flags & CMD_FLAG_FUA and command != CMD_FLUSH:
         image.flush()
     return data
-
-
-def _send(sock: socket.socket, pieces: list[bytes]) -> None:
-    """Send all of it in one call, and the rest should the kernel take only a part."""
-    sent = sock.sendmsg(pieces)
-    if sent < sum(map(len, pieces)):
-        sock.sendall(memoryview(b"".join(pieces))[sent:])
