@@ -106,6 +106,8 @@ class EventConnection(Receiving):
 
     def _start(self, performance: Performance, now: float) -> None:
         """Validate and start what was asked for, or reply at once why not."""
+        if self.trace:
+            self.trace.request(performance.request, performance.data)
         if error := validate(performance.request, self.export):
             self._reply(performance, error, now)
         else:
@@ -143,7 +145,10 @@ class EventConnection(Receiving):
         if buffer is not None and (error or request.type != CMD_READ):
             self._loop.buffers.give_back(buffer)
             buffer = None
-        self._replies.add(simple_reply(request.cookie, error), buffer)
+        header = simple_reply(request.cookie, error)
+        if self.trace:
+            self.trace.reply(header)
+        self._replies.add(header, buffer)
         self.stats.record(request.type, request.length, now - performance.started, error)
 
     def _send(self) -> None:

@@ -146,6 +146,8 @@ class Receiving(Transmission):
             request = parse_request(received, position)
             position += REQUEST_SIZE
             if request.type == CMD_DISC:
+                if self.trace:
+                    self.trace.request(request)
                 self._ended = self._deaf = True
                 break
             performance = Performance(self, request, now)
