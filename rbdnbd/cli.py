@@ -196,7 +196,7 @@ def serve(
     """
     if (path is None) == (address is None):
         raise click.UsageError("say where to listen: --socket PATH or --listen HOST:PORT")
-    from rbdnbd.listener import listen_tcp, listen_unix, parse_address, uri
+    from rbdnbd.addresses import listen_tcp, listen_unix, parse_address, uri
     from rbdnbd.logs import log_to
     from rbdnbd.serving import run_server
 
