@@ -65,6 +65,7 @@ class Child:
         finally:
             os.close(theirs)
         self._ended = os.pidfd_open(self._pid)
+        self._reaped = False
 
     def ready(self, say: Callable[[str], None], seconds: float = START_SECONDS) -> dict[str, str]:
         """Wait until it is ready, and return the fields that it reported then.
@@ -104,7 +105,12 @@ class Child:
 
         if not readable(self._ended, seconds):
             return "said nothing any more"
-        _, status = os.waitpid(self._pid, 0)
+        try:
+            _, status = os.waitpid(self._pid, 0)
+        except ChildProcessError:  # SIGCHLD was ignored when we were started
+            return "ended"
+        finally:
+            self._reaped = True
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
@@ -112,28 +118,20 @@ class Child:
 
     def _end(self, say: Callable[[str], None]) -> None:
         """End it in its own way unless that takes too long."""
+        if self._reaped:
+            return
         import signal
+        from contextlib import suppress
 
-        self._kill(signal.SIGTERM)
-        try:
-            if not readable(self._ended, _SAY_EVERY):
-                say(f"waiting for process {self._pid} to undo what it has done")
-                readable(self._ended, _END_SECONDS)
-        finally:
-            self._kill(signal.SIGKILL)
-            readable(self._ended, _END_SECONDS)
+        with suppress(ProcessLookupError, ChildProcessError):  # it is gone if SIGCHLD is ignored
+            signal.pidfd_send_signal(self._ended, signal.SIGTERM)
             try:
-                os.waitpid(self._pid, os.WNOHANG)
-            except ChildProcessError:  # how it ended has been looked at
-                pass
-
-    def _kill(self, number: int) -> None:
-        import signal
-
-        try:
-            signal.pidfd_send_signal(self._ended, number)
-        except ProcessLookupError:  # it has ended by itself
-            pass
+                if not readable(self._ended, _SAY_EVERY):
+                    say(f"waiting for process {self._pid} to undo what it has done")
+                    readable(self._ended, _END_SECONDS)
+            finally:
+                signal.pidfd_send_signal(self._ended, signal.SIGKILL)
+                os.waitpid(self._pid, 0)
 
 
 def readable(descriptor: int, seconds: float) -> bool:

@@ -73,14 +73,19 @@ def ready(**fields: str | int) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         os.close(null)
-        os.close(int(os.environ[VARIABLE]))
-        os.environ[VARIABLE] = ""
         os.chdir("/")
+        if pipe := os.environ[VARIABLE]:
+            os.environ[VARIABLE] = ""
+            os.close(int(pipe))
 
 
 def failed(message: str, errno: int, exit_status: int = 1) -> bool:
     """Report the reason of a failure; return whether a parent waits for it and will tell it."""
-    fields = {"ERRNO": errno, "X_RBDNBD_EXIT_STATUS": exit_status, "STATUS": message}
+    fields: dict[str, str | int] = {
+        "ERRNO": errno,
+        "X_RBDNBD_EXIT_STATUS": exit_status,
+        "STATUS": message,
+    }
     try:
         return _send(fields) and in_background()
     except OSError:

@@ -193,7 +193,6 @@ def _device_line(request: Request, device: str, cookie: str) -> str:
 def _serve(request: Request) -> None:
     """Be the process that serves the device; it is called rbd-nbd by ps."""
     from rbdnbd.logs import log_to
-    from rbdnbd.mapping import run_attach, run_mapping
 
     with suppress(OSError):
         Path("/proc/self/comm").write_text("rbd-nbd")
@@ -207,9 +206,13 @@ def _serve(request: Request) -> None:
             _print(_device_line(request, device, cookie))
 
     if request.command == "attach":
+        from rbdnbd.attaching import run_attach
+
         _require_orphan(request)
         run_attach(request.spec, cluster, request.options, ready)
     else:
+        from rbdnbd.mapping import run_mapping
+
         run_mapping(request.spec, cluster, request.options, ready)
 
 

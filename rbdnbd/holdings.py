@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from rbdnbd import daemon
 from rbdnbd.errors import RbdnbdError
@@ -14,6 +15,9 @@ from rbdnbd.opening import open_image
 from rbdnbd.record import Ownership, Record
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 
+if TYPE_CHECKING:
+    from rbdnbd.trace import Trace
+
 
 def opened(
     stack: ExitStack,
@@ -22,11 +26,16 @@ def opened(
     cluster: ClusterOptions,
     options: MapOptions,
     meanwhile: Callable[[], object] = lambda: None,
-) -> RbdImage:
-    """Open the image; it is flushed and closed when the stack unwinds.
+) -> tuple[RbdImage, Trace | None]:
+    """Open the trace and the image, which is flushed and closed when the stack unwinds.
 
     Main thread, which does something else `meanwhile`.
     """
+    trace = None
+    if options.trace:
+        from rbdnbd.trace import tracing
+
+        trace = stack.enter_context(tracing(options.trace, with_data=options.trace_data))
     opening = open_image(
         spec,
         cluster,
@@ -39,7 +48,7 @@ def opened(
     image = life.during(lambda: stack.enter_context(opening), meanwhile)
     if not image.read_only:
         stack.callback(_flush, image)
-    return image
+    return image, trace
 
 
 def _flush(image: RbdImage) -> None:
@@ -48,6 +57,18 @@ def _flush(image: RbdImage) -> None:
     except OSError as error:
         message = f"{image.spec} could not be flushed, the newest writes may be lost: {error}"
         raise RbdnbdError(message, error.errno or 0) from error
+
+
+def without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOptions:
+    """Keep librbd from answering writes that only this process has yet, if it may have a successor.
+
+    The kernel does not repeat what has been answered. A write that only librbd's cache had would be
+    lost with a killed process, and the successor's next flush would say that it is stored. An
+    rbd_cache that was asked for on the command line stays.
+    """
+    if options.use_ioctl or not options.reattach_timeout:
+        return cluster
+    return replace(cluster, settings=(("rbd_cache", "false"), *cluster.settings))
 
 
 class Fate:

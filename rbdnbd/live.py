@@ -34,6 +34,7 @@ from rbdnbd.life import Life
 from rbdnbd.names import announce
 from rbdnbd.resize import following
 from rbdnbd.spec import MapOptions
+from rbdnbd.trace import Trace
 from rbdnbd.transmission import Transmission
 from rbdnbd.wire import FLAG_SEND_TRIM, Export, transmission_flags
 
@@ -54,6 +55,7 @@ def live(
     life: Life,
     fate: Fate,
     image: RbdImage,
+    trace: Trace | None,
     options: MapOptions,
     bind: Bind,
     ready: Ready,
@@ -63,7 +65,7 @@ def live(
     if options.no_trim:
         flags &= ~FLAG_SEND_TRIM
     ours, kernels = socket.socketpair()
-    connect = stack.enter_context(engine(image))
+    connect = stack.enter_context(engine(image, trace))
     connection = connect(ours, Export(str(image.spec), image.size(), flags))
     goodbye = stack.enter_context(_serving(connection, life))
     daemon.notify(STATUS="attaching the device")

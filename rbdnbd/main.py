@@ -1,4 +1,4 @@
-"""The command rbdnbd, for `map` and `attach` as they are mostly called: waited for, in the background.
+"""The command rbdnbd; `map` and `attach` as they are mostly called, in the background, start here.
 
 Whoever waits need not know the command line: the process that it waits for reads it. So that one is
 started first, and what the waiting needs is imported while it works. All else is the business of

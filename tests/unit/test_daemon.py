@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-import rbdnbd
-from rbdnbd import daemon
+from rbdnbd import background, daemon
 from rbdnbd.errors import RbdnbdError
 from tests.support.waiting import wait_until
 
@@ -31,6 +29,7 @@ from rbdnbd.errors import RbdnbdError
 exec(sys.argv[1])
 """
 PROGRAM = ("-c", MAIN)
+
 
 @pytest.fixture(autouse=True)
 def nobody_waits_for_us(monkeypatch):
@@ -400,3 +399,12 @@ def test_a_name_with_a_line_break_does_not_forge_a_field(pid_file):
         f"{writes(pid_file)}{LIVES}"
     )
     assert start(script)[0]["X_RBDNBD_DEVICE"] == "/dev/nbd7"
+
+
+def test_a_parent_that_ignores_the_end_of_children_is_told_of_it_all_the_same():
+    """As under nohup-like wrappers that ignore SIGCHLD. Seen to fail with waitpid's error let out."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert refusal("sys.exit(3)").message == "the process ended while starting"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
