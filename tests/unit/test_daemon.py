@@ -402,7 +402,7 @@ def test_a_name_with_a_line_break_does_not_forge_a_field(pid_file):
 
 
 def test_a_parent_that_ignores_the_end_of_children_is_told_of_it_all_the_same():
-    """As under nohup-like wrappers that ignore SIGCHLD. Seen to fail with waitpid's error let out."""
+    """Whoever starts us may ignore SIGCHLD. Seen to fail with waitpid's error let out."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         assert refusal("sys.exit(3)").message == "the process ended while starting"
