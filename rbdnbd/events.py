@@ -75,7 +75,11 @@ class EventConnection(Receiving):
         self._left.set()
 
     def proceed(self, readable: bool, now: float) -> int | None:
-        """Receive, start, send; return the events to wait for, None when all is over."""
+        """Receive, start, send; return the events to wait for, None when all is over.
+
+        After what was sent last it is looked whether there is room now for what was received before:
+        nothing else may come that would have it looked for.
+        """
         self._starved = False
         self._send()
         try:
@@ -85,11 +89,11 @@ class EventConnection(Receiving):
             while len(self._rest) >= REQUEST_SIZE and self._has_room() and not self._ended:
                 self._take_rest(now)
                 self._send()
-        except BlockingIOError:
-            pass
+        except BlockingIOError:  # before a whole request, or in a payload: there is no rest
+            self._send()
         except (OSError, EOFError, MemoryError, ProtocolError) as error:
             self._hear_no_more(error)
-        self._send()
+            self._send()
         if self._ended and not self._owes():
             return None
         if self._peer:
