@@ -77,7 +77,7 @@ class EventConnection(Receiving):
     def proceed(self, readable: bool, now: float) -> int | None:
         """Receive, start, send; return the events to wait for, None when all is over.
 
-        After what was sent last it is looked whether there is room now for what was received before:
+        After what was sent last it is looked whether there is room for what was received before:
         nothing else may come that would have it looked for.
         """
         self._starved = False
