@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "image": PURE | {"cluster", "encryption", "polled"},
     "opening": PURE | {"cluster", "encryption", "polled", "image"},
     "fencing": PURE | {"cluster", "image"},
+    "header": PURE | {"cluster", "image"},
     "pressure": PURE,
     "hook": PURE | {"image", "librbd", "pressure"},
     "netlink": PURE,
