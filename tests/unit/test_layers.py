@@ -81,7 +81,7 @@ TOP = {
 """The rooms at the top, which may import everything below them, and what of the top as well."""
 
 ONLY_IN = {
-    "rados": {"cluster", "image", "opening", "settings"},
+    "rados": {"cluster", "header", "image", "opening", "settings"},
     "rbd": {"cluster", "image", "opening", "encryption", "fencing", "polled"},
     "ctypes": {"librbd", "ioctl", "pressure", "polled"},
     "fcntl.ioctl": {"ioctl"},
