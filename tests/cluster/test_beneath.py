@@ -150,7 +150,9 @@ def keeping_the_lock(engine_name: str, spec: str, options: ClusterOptions) -> It
         polled=engine_name == "events",
     )
     with opening_image as image, engine(image, None) as connect, RawClient(theirs) as client:
-        pair = Pair(connect(ours, Export(spec, image.size(), transmission_flags())), client)
+        pair = Pair(
+            connect(ours, Export(spec, image.size(), transmission_flags(read_only=False))), client
+        )
         try:
             yield client
         finally:

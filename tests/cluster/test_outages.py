@@ -101,18 +101,12 @@ def test_io_waits_for_what_is_away_and_goes_on(
     """Seen to fail with `client_mount_timeout` and `rados_osd_op_timeout` of 1 s: errors."""
     seconds = 60.0 if torture.whole else 1.0
     with ExitStack() as back:
+        if what != "monitor":
+            back.callback(own.start_osd)
+            own.stop_osd()
         if what != "osd":
             back.callback(own.start_monitor)
             own.stop_monitor()
-        if what == "both":  # the OSD's last words need no monitor, its return does
-            back.callback(own.start_osd)
-            own.stop_osd()
-            back.pop_all()
-            back.callback(own.start_osd)
-            back.callback(own.start_monitor)
-        if what == "osd":
-            back.callback(own.start_osd)
-            own.stop_osd()
         for load in loads:
             load.ask(64)
         if what != "monitor":
