@@ -10,9 +10,10 @@ from typing import Final
 
 from rbdnbd.engines import engine
 from rbdnbd.header import watching
+from rbdnbd.holdings import opened
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
-from rbdnbd.live import await_end, leave_if_gone, opened
+from rbdnbd.live import await_end, leave_if_gone
 from rbdnbd.resize import following
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 from rbdnbd.wire import Export, transmission_flags
