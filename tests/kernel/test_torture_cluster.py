@@ -152,3 +152,20 @@ def test_a_mapping_whose_client_was_blocklisted_gives_errors_and_is_unmapped(
     done = rbdnbd("unmap", device)
     assert done.returncode == 0, done.stderr
     assert len([line for line in log.read_text().splitlines() if "fail from now on" in line]) == 1
+
+
+def test_a_mapping_whose_image_was_removed_ends_and_frees_its_device(
+    rbdnbd: Command, image: MakeImage, rbd: Callable[..., str], tmp_path: Path
+) -> None:
+    """Seen to fail with a `header._size` that takes ObjectNotFound for any other error."""
+    spec, log = f"{image('8M')}-removed", tmp_path / "log"
+    rbd("create", "--size", "8M", spec)
+    device = mapped(rbdnbd, spec, "--read-only", "--log-file", str(log))
+    (document,) = json.loads(rbdnbd("list-mapped", "--format", "json").stdout)
+    rbd("rm", "--no-progress", spec)
+    process = Path(f"/proc/{document['id']}")
+    wait_until(lambda: not process.exists(), 30, "the process ends")
+    assert not Path(f"/sys/block/{Path(device).name}/pid").exists()
+    assert json.loads(rbdnbd("list-mapped", "--format", "json").stdout) == []
+    assert not list(Path("/run/rbdnbd").glob("*.json"))
+    assert "is gone: the image was removed" in log.read_text()
