@@ -16,7 +16,7 @@ from collections.abc import Callable
 from rbdnbd.distrust import REPLIES, Peer, cost
 from rbdnbd.loop import Loop
 from rbdnbd.receiving import Performance, Receiving
-from rbdnbd.transmission import WORKERS, failure, short_read, shut_down
+from rbdnbd.transmission import WORKERS, short_read, shut_down
 from rbdnbd.wire import (
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
@@ -105,9 +105,9 @@ class EventConnection(Receiving):
         """Reply to what was performed, or flush first if that is asked for."""
         request = performance.request
         if isinstance(result, Exception):
-            self._reply(performance, failure(request, result), now)
+            self._reply(performance, self.failure(request, result), now)
         elif request.type == CMD_READ:
-            error = 0 if result == request.length else failure(request, short_read(result))
+            error = 0 if result == request.length else self.failure(request, short_read(result))
             self._reply(performance, error, now)
         elif request.flags & CMD_FLAG_FUA and request.type != CMD_FLUSH and not performance.written:
             performance.written = True
@@ -131,7 +131,7 @@ class EventConnection(Receiving):
         try:
             begin(performance)
         except Exception as cause:  # an answer is owed whatever happens, and it is not success
-            self._reply(performance, failure(performance.request, cause), now)
+            self._reply(performance, self.failure(performance.request, cause), now)
 
     def _perform(self, performance: Performance) -> None:
         flags, command, _, offset, length = performance.request

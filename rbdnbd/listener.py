@@ -14,6 +14,7 @@ import logging
 import socket
 import threading
 import time
+from dataclasses import replace
 from typing import Final
 
 from rbdnbd.distrust import Distrust
@@ -89,6 +90,14 @@ class Listener:
         self._watcher.join()
         self._sock.close()
 
+    def resize(self, size: int) -> None:
+        """Hold requests against a new size, in bytes, which clients that come are told."""
+        with self._lock:
+            self._export = replace(self._export, size=size)
+            for client in self._clients.values():
+                if not isinstance(client, socket.socket):
+                    client.resize(size)
+
     def stats(self) -> Stats:
         """Return the figures of all connections, past and present."""
         with self._lock:
@@ -155,6 +164,7 @@ class Listener:
             connection.distrust(self._distrust)
             with self._lock:
                 self._clients[this] = connection
+                connection.resize(self._export.size)  # if it has changed meanwhile
                 if self._stopping:
                     return
             if reason := connection.serve():

@@ -31,7 +31,6 @@ from rbdnbd.transmission import (
     Engine,
     Image,
     Transmission,
-    failure,
     short_read,
     shut_down,
 )
@@ -216,7 +215,7 @@ class Connection(Transmission):
         try:
             return 0, perform(self._image, request, payload)
         except Exception as error:  # an answer is owed whatever happens, and it is not success
-            return failure(request, error), b""
+            return self.failure(request, error), b""
 
     def _reply(self, performance: Performance) -> None:
         """Send one reply, and all others that are ready, unless another worker does."""

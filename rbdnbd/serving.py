@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
 from rbdnbd.engines import engine
+from rbdnbd.header import watching
 from rbdnbd.holdings import opened
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
-from rbdnbd.live import await_end
+from rbdnbd.live import await_end, leave_if_gone
+from rbdnbd.resize import following
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 from rbdnbd.wire import Export, transmission_flags
 
@@ -43,6 +45,9 @@ def run_server(
         listener = Listener(sock, image, export, connect)
         listener.start()
         stack.callback(listener.stop, DRAIN_SECONDS)
+        stack.enter_context(following(image.size, export.size, lambda size: None, listener.resize))
+        stack.callback(leave_if_gone, image)
+        stack.enter_context(watching(image, lambda: life.ended(image.gone)))
         log.info("%s is served on %s", image.spec, sock.getsockname())
         ready(sock, export.name)
-        await_end(life, str(image.spec))
+        await_end(life, str(image.spec), image)

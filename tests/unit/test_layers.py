@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "image": PURE | {"cluster", "encryption", "polled"},
     "opening": PURE | {"cluster", "encryption", "polled", "image"},
     "fencing": PURE | {"cluster", "image"},
+    "header": PURE | {"cluster", "image"},
     "pressure": PURE,
     "hook": PURE | {"image", "librbd", "pressure"},
     "netlink": PURE,
@@ -86,7 +87,7 @@ TOP = {
 """The rooms at the top, which may import everything below them, and what of the top as well."""
 
 ONLY_IN = {
-    "rados": {"cluster", "image", "opening", "settings"},
+    "rados": {"cluster", "header", "image", "opening", "settings"},
     "rbd": {"cluster", "image", "opening", "encryption", "fencing", "polled"},
     "ctypes": {"librbd", "ioctl", "pressure", "polled"},
     "fcntl.ioctl": {"ioctl"},
