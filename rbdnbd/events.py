@@ -11,6 +11,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+from collections.abc import Callable
 
 from rbdnbd.distrust import REPLIES, Peer, cost
 from rbdnbd.loop import Loop
@@ -106,21 +107,27 @@ class EventConnection(Receiving):
             self._reply(performance, error, now)
         elif request.flags & CMD_FLAG_FUA and request.type != CMD_FLUSH and not performance.written:
             performance.written = True
-            self._start(performance, now, flush=True)
+            self._begin(performance, now, self._image.start_flush)
         else:
             self._reply(performance, 0, now)
 
-    def _start(self, performance: Performance, now: float, *, flush: bool = False) -> None:
+    def _start(self, performance: Performance, now: float) -> None:
         """Validate and start what was asked for, or reply at once why not."""
-        request = performance.request
-        error = validate(request, self.export)
-        if not error:
-            try:
-                self._image.start_flush(performance) if flush else self._perform(performance)
-            except Exception as cause:  # an answer is owed whatever happens, and it is not success
-                error = failure(request, cause)
-        if error:
+        if self.trace:
+            self.trace.request(performance.request, performance.data)
+        if error := validate(performance.request, self.export):
             self._reply(performance, error, now)
+        else:
+            self._begin(performance, now, self._perform)
+
+    def _begin(
+        self, performance: Performance, now: float, begin: Callable[[Performance], None]
+    ) -> None:
+        """Start one call of the image, or reply at once why it cannot be started."""
+        try:
+            begin(performance)
+        except Exception as cause:  # an answer is owed whatever happens, and it is not success
+            self._reply(performance, failure(performance.request, cause), now)
 
     def _perform(self, performance: Performance) -> None:
         flags, command, _, offset, length = performance.request
@@ -145,7 +152,10 @@ class EventConnection(Receiving):
         if buffer is not None and (error or request.type != CMD_READ):
             self._loop.buffers.give_back(buffer)
             buffer = None
-        self._replies.add(simple_reply(request.cookie, error), buffer)
+        header = simple_reply(request.cookie, error)
+        if self.trace:
+            self.trace.reply(header)
+        self._replies.add(header, buffer)
         self._answered += cost(request)
         self.stats.record(request.type, request.length, now - performance.started, error)
 

@@ -167,6 +167,8 @@ class Receiving(Transmission):
             position += REQUEST_SIZE
             self._requests += 1
             if request.type == CMD_DISC:
+                if self.trace:
+                    self.trace.request(request)
                 self._ended = self._deaf = True
                 break
             performance = Performance(self, request, now)

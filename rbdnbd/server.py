@@ -138,7 +138,12 @@ class Connection(Transmission):
             performance = None
             try:
                 request = parse_request(self._header())
-                if request.type == CMD_DISC or not self._has_memory(request):
+                if request.type == CMD_DISC:
+                    if self.trace:
+                        self.trace.request(request)
+                    self._ended = True
+                    return None
+                if not self._has_memory(request):
                     self._ended = True
                     return None
                 performance = Performance(request, time.monotonic())
@@ -149,6 +154,8 @@ class Connection(Transmission):
                     del self._in_flight[performance]
                 self._end(error)
                 return None
+            if self.trace:
+                self.trace.request(request, payload)
             self._busy.add(threading.get_ident())
             if len(self._busy) == len(self._workers) < self._limit:
                 self._add_worker()
@@ -228,7 +235,10 @@ class Connection(Transmission):
         """Send replies whole, and count them."""
         pieces = []
         for each in ready:
-            pieces.append(simple_reply(each.request.cookie, each.error))
+            header = simple_reply(each.request.cookie, each.error)
+            if self.trace:
+                self.trace.reply(header)
+            pieces.append(header)
             if each.data:
                 pieces.append(each.data)
         if self._peer:

@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from rbdnbd.distrust import Distrust, Peer
 from rbdnbd.stats import Stats
+from rbdnbd.trace import Trace
 from rbdnbd.wire import Export, Request, nbd_error
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Transmission(ABC):
     def __init__(self, sock: socket.socket, export: Export) -> None:
         self.stats = Stats()
         self.export = export
+        self.trace: Trace | None = None
+        """Told of every request and every reply; set before `serve`."""
         self._sock = sock
         self._ended = False
         self._reason = ""
@@ -130,6 +133,17 @@ class Transmission(ABC):
 
 Engine = Callable[[socket.socket, Export], Transmission]
 """Makes what serves a client on a connected socket, for an image that it knows."""
+
+
+def traced(engine: Engine, trace: Trace | None) -> Engine:
+    """Return an engine whose connections write a trace."""
+
+    def connect(sock: socket.socket, export: Export) -> Transmission:
+        connection = engine(sock, export)
+        connection.trace = trace
+        return connection
+
+    return connect
 
 
 def failure(request: Request, error: Exception) -> int:
