@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -87,10 +87,11 @@ def start(
     say: Callable[[str], None],
     seconds: float = START_SECONDS,
     module: str = "rbdnbd",
+    inherited: Collection[int] = (),
 ) -> dict[str, str]:
     """Run a command of ours in the background and return the fields it reported when ready.
 
-    The command is that of `python3 -m MODULE ARGUMENTS`.
+    The command is that of `python3 -m MODULE ARGUMENTS`, which has the descriptors `inherited` too.
 
     `say` is told every few seconds what the child is waiting for. Raises `RbdnbdError` with the
     child's own sentence, or when it ends or is not ready after `seconds`; the child is gone then.
@@ -101,6 +102,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=inherited,
             env=os.environ | {"NOTIFY_SOCKET": address, _BACKGROUND: "1"},
         )
         try:

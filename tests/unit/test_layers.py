@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "daemon": PURE,
     "logs": PURE | {"daemon"},
     "life": PURE,
+    "secrecy": PURE,
 }
 """What each room below the top may import of ours."""
 
@@ -82,7 +83,7 @@ TOP = {
 ONLY_IN = {
     "rados": {"cluster", "image", "opening", "settings"},
     "rbd": {"cluster", "image", "opening", "encryption", "fencing", "polled"},
-    "ctypes": {"librbd", "ioctl", "pressure", "polled"},
+    "ctypes": {"librbd", "ioctl", "pressure", "polled", "secrecy"},
     "fcntl.ioctl": {"ioctl"},
     "resource": {"pressure"},
     "socket.AF_NETLINK": {"netlink"},
