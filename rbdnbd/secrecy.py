@@ -9,6 +9,7 @@ it leaves no core, and nobody but root may trace it or look into its memory.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from typing import Final, NoReturn
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 _KEY: Final = "RBDNBD_KEY"
 _MOST: Final = 64 << 10
+_ABOVE: Final = 10
+"""Descriptors below are a background process's own (rbdnbd.background)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -57,7 +60,9 @@ def handed_on(key: str) -> Iterator[tuple[int, ...]]:
     if not key:
         yield ()
         return
-    fd = os.memfd_create("key", 0)
+    memory = os.memfd_create("key")
+    fd = fcntl.fcntl(memory, fcntl.F_DUPFD, _ABOVE)
+    os.close(memory)
     try:
         os.write(fd, key.encode())
         os.environ[_KEY] = str(fd)
