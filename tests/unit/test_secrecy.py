@@ -19,17 +19,24 @@ from rbdnbd.secrecy import handed_key, handed_on, take_key
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
-KEEPER = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from rbdnbd.secrecy import keep_no_core;"
-    "keep_no_core(); print('kept', flush=True); sys.stdin.read()"
-)
+KEEPER = """
+import ctypes, os, sys
+sys.path.insert(0, sys.argv[1])
+from rbdnbd.secrecy import keep_no_core
+os.setresgid(*[int(sys.argv[2])] * 3)
+os.setresuid(*[int(sys.argv[2])] * 3)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # as it is with every user's processes
+keep_no_core()
+print("kept", flush=True)
+sys.stdin.read()
+"""
 
 
 @contextmanager
-def keeper(**how: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process that keeps its memory to itself."""
+def keeper(user: int = 0, **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process of a user's that keeps its memory to itself."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    argv = [sys.executable, "-c", KEEPER, str(ROOT)]
+    argv = [sys.executable, "-c", KEEPER, str(ROOT), str(user)]
     with subprocess.Popen(argv, **pipes, **how) as process:
         assert process.stdout and process.stdout.readline() == b"kept\n"
         yield process
@@ -85,9 +92,7 @@ def test_no_core_is_left_whatever_the_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["mem", "environ"])
 def test_not_even_its_own_user_looks_into_it(file: str) -> None:
     """Seen to fail without PR_SET_DUMPABLE."""
-    with keeper(user=NOBODY, group=NOBODY) as process:
-        look = f"open('/proc/{process.pid}/{file}', 'rb')"
-        done = subprocess.run(
-            [sys.executable, "-c", look], user=NOBODY, group=NOBODY, capture_output=True
-        )
-    assert b"PermissionError" in done.stderr
+    with keeper(NOBODY) as process:
+        look = ["head", "--bytes=1", f"/proc/{process.pid}/{file}"]
+        done = subprocess.run(look, user=NOBODY, group=NOBODY, capture_output=True, text=True)
+    assert "Permission denied" in done.stderr
