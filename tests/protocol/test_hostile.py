@@ -99,7 +99,7 @@ def ends(client: RawClient) -> bool:
 def test_garbage_ends_the_connections_that_it_comes_on_and_nothing_else(
     serve: Serve, image: MemoryImage
 ) -> None:
-    """Seen to fail with a server that looks for the next magic after a wrong one."""
+    """Seen to fail with a server that takes any magic."""
     door, noise = serve(image), random.Random(3)
     with working(door):
         for _ in range(50):
@@ -139,7 +139,7 @@ def test_half_a_request_is_hung_up_on_in_time_and_nothing_of_it_is_written(
 def test_a_request_that_comes_byte_by_byte_is_hung_up_on_in_time(
     serve: Serve, image: MemoryImage
 ) -> None:
-    """Seen to fail with a limit that begins anew with every byte."""
+    """Seen to fail without a limit, and with one that begins anew with every byte."""
     door = serve(image, distrust=Distrust(seconds=0.5, bytes_a_second=FAST))
     client = door.client()
     client.send(header(WRITE, OURS, MIB))
@@ -160,7 +160,7 @@ def test_a_request_that_comes_byte_by_byte_is_hung_up_on_in_time(
 
 
 def test_a_client_that_does_nothing_stays(serve: Serve, image: MemoryImage) -> None:
-    """Seen to fail with a limit that begins when a request has ended."""
+    """Seen to fail with requests that never count as ended."""
     door = serve(image, distrust=Distrust(seconds=0.1, bytes_a_second=FAST))
     with door.client() as patient:
         patient.write(OURS, b"data")
@@ -173,7 +173,7 @@ def test_a_client_that_does_nothing_stays(serve: Serve, image: MemoryImage) -> N
 def test_a_request_that_takes_the_image_long_is_waited_for(
     serve: Serve, image: MemoryImage
 ) -> None:
-    """Seen to fail with a limit that ends when the reply is sent."""
+    """Seen to fail with requests that never count as ended."""
     gate = image.hook = Gate("write")
     door = serve(image, distrust=Distrust(seconds=0.1, bytes_a_second=FAST))
     slow, late = door.client(), door.client()
