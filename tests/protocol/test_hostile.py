@@ -322,3 +322,21 @@ def test_that_further_clients_have_to_wait_is_said_once(
     clients = [door.connect() for _ in range(10)]
     assert all(ends(client) for client in clients)
     assert caplog.messages == ["1 clients are connected: further ones have to wait"]
+
+
+def test_clients_that_come_again_and_again_fill_no_log(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seen to fail with a line for each."""
+    caplog.set_level(logging.INFO)
+    door = serve(MemoryImage(512))
+    for _ in range(100):
+        client = door.connect()
+        client.send(bytes(100))
+        assert ends(client)
+    door.listener.stop(1)
+    assert len(caplog.messages) == 30
+    assert set(caplog.messages) == {
+        "a client did not get through the handshake: expected option magic 0x49484156454f5054, "
+        "got 0x0"
+    }
