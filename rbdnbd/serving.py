@@ -14,6 +14,7 @@ from rbdnbd.holdings import opened
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
 from rbdnbd.live import await_end, leave_if_gone
+from rbdnbd.pressure import raise_file_limit
 from rbdnbd.resize import following
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 from rbdnbd.wire import Export, transmission_flags
@@ -35,6 +36,7 @@ def run_server(
 
     `ready` is told the socket and the export's name. Main thread. Raises as `run_mapping` does.
     """
+    raise_file_limit()
     life = Life()
     with ExitStack() as stack:
         image, trace = opened(stack, life, spec, cluster, options)

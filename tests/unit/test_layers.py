@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "daemon": PURE | {"background"},
     "logs": PURE | {"daemon", "background"},
     "life": PURE,
+    "secrecy": PURE,
 }
 """What each room below the top may import of ours."""
 
@@ -89,7 +90,7 @@ TOP = {
 ONLY_IN = {
     "rados": {"cluster", "header", "image", "opening", "settings"},
     "rbd": {"cluster", "image", "opening", "encryption", "fencing", "polled"},
-    "ctypes": {"librbd", "ioctl", "pressure", "polled"},
+    "ctypes": {"librbd", "ioctl", "pressure", "polled", "secrecy"},
     "fcntl.ioctl": {"ioctl"},
     "resource": {"pressure"},
     "socket.AF_NETLINK": {"netlink"},
