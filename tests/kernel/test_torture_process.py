@@ -100,7 +100,7 @@ def test_kill_9_at_random_moments_loses_no_answered_write_and_the_device_goes_on
     with mounted(device, tmp_path / "mnt") as mnt:
         run("fallocate", "--length", "1M", str(mnt / "pages"))
         with Writers(partial(Blocks, str(mnt / "pages"))) as writers:
-            for number, random in torture.rounds(short=3, whole=50):
+            for number, random in torture.rounds(short=2, whole=50):
                 writers.go_on(random.randrange(1, 300), PATIENCE)
                 os.kill(process_of(device), signal.SIGKILL)
                 begun = time.monotonic()
@@ -206,6 +206,7 @@ def test_every_crash_snapshot_mounts_and_holds_all_that_was_fsynced_before_it(
 
     Seen to fail with an image that answers a write half a second before it makes it.
     """
+    run("modprobe", "loop")
     device = map_image()
     run("mkfs.ext4", "-q", device)
     with mounted(device, tmp_path / "mnt") as mnt, Writers(partial(Files, mnt), pages=8) as writers:

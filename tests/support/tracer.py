@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 PTRACE_ATTACH = 16
@@ -16,14 +17,20 @@ _libc.ptrace.restype = ctypes.c_long
 
 
 def attach_and_detach(pid: int) -> None:
-    """Stop every thread of a process as a debugger does, and let all of them go on."""
-    threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
-    for thread in threads:
-        _ptrace(PTRACE_ATTACH, thread)
+    """Stop every thread of a process as a debugger does, and let all of them go on.
+
+    Threads may end meanwhile. From one thread only, which is then the tracer.
+    """
+    traced = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(ProcessLookupError):
+            _ptrace(PTRACE_ATTACH, int(task.name))
+            traced.append(int(task.name))
+    assert traced
+    for thread in traced:
         _, status = os.waitpid(thread, _WALL)
-        assert os.WIFSTOPPED(status)
-    for thread in threads:
-        _ptrace(PTRACE_DETACH, thread)
+        if os.WIFSTOPPED(status):
+            _ptrace(PTRACE_DETACH, thread)
 
 
 def _ptrace(request: int, thread: int) -> None:
