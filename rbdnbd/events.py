@@ -3,11 +3,7 @@
 The other engine beside the worker threads of `rbdnbd.server`: the same validation, the same
 replies, the same figures. All requests that the socket holds are taken with one receive and
 started; all replies that are ready leave with one send. A request is an operation from its header
-to its reply, and as many are taken as there would be workers: a client that takes no replies is
-not read from any more.
-
-A small payload is copied out of what was received. A large one is received where it stays until
-the image has it, and the next header then comes alone, or its payload would be copied too.
+to its reply.
 """
 
 from __future__ import annotations
@@ -15,66 +11,37 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from typing import Final
+from collections.abc import Callable
 
-from rbdnbd.buffers import Replies
+from rbdnbd.distrust import REPLIES, Peer, cost
 from rbdnbd.loop import Loop
-from rbdnbd.transmission import WORKERS, Transmission, failure, short_read, shut_down
+from rbdnbd.receiving import Performance, Receiving
+from rbdnbd.transmission import WORKERS, failure, short_read, shut_down
 from rbdnbd.wire import (
-    CMD_DISC,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
     CMD_FLUSH,
     CMD_READ,
     CMD_TRIM,
     CMD_WRITE,
-    MAX_PAYLOAD,
     REQUEST_SIZE,
     Export,
     ProtocolError,
     Request,
-    parse_request,
     simple_reply,
     validate,
 )
 
-_LARGE: Final = 32 << 10
 
-
-class Performance:
-    """One request from its header to its reply, as an operation of the loop's."""
-
-    __slots__ = ("data", "member", "request", "started", "written")
-
-    def __init__(self, member: EventConnection, request: Request, started: float) -> None:
-        self.member = member
-        self.request = request
-        self.started = started
-        self.data: bytes | bytearray = b""
-        self.written = False
-
-    def finish(self, result: int | Exception, now: float) -> None:
-        """Go on with the flush that FUA asks for, or reply."""
-        self.member.finished(self, result, now)
-
-
-class EventConnection(Transmission):
+class EventConnection(Receiving):
     """One client in the transmission phase, as a member of a loop, which calls all else here."""
 
     def __init__(
         self, loop: Loop, sock: socket.socket, export: Export, *, limit: int = WORKERS
     ) -> None:
-        super().__init__(sock, export)
-        self.watched = 0
-        self._loop, self._image = loop, loop.image
-        self._limit = limit
-        self._performances: dict[Performance, None] = {}
-        self._rest = b""  # received, but not a whole request, or one too many
-        self._payload: tuple[Performance, memoryview] | None = None
-        self._thrown_away = 0  # bytes that are still to come
-        self._large = False
-        self._replies = Replies(sock, loop.buffers)
-        self._deaf = False
+        super().__init__(loop, sock, export, limit)
+        self._image = loop.image
+        self._answered = 0  # bytes, of requests whose replies may not have been sent
         self._left = threading.Event()
 
     def serve(self) -> str:
@@ -83,6 +50,8 @@ class EventConnection(Transmission):
         self._loop.add(self)
         self._left.wait()
         self._sock.close()
+        if self._peer:
+            self._peer.leave()
         return self._reason
 
     def in_flight(self) -> list[tuple[Request, float]]:
@@ -107,6 +76,7 @@ class EventConnection(Transmission):
 
     def proceed(self, readable: bool, now: float) -> int | None:
         """Receive, start, send; return the events to wait for, None when all is over."""
+        self._starved = False
         self._send()
         try:
             if readable and self._wants_more():
@@ -122,6 +92,8 @@ class EventConnection(Transmission):
         self._send()
         if self._ended and not self._owes():
             return None
+        if self._peer:
+            self._note_request(self._peer)
         events = select.EPOLLIN if self._wants_more() else 0
         return events | (select.EPOLLOUT if self._replies.unsent else 0)
 
@@ -135,124 +107,27 @@ class EventConnection(Transmission):
             self._reply(performance, error, now)
         elif request.flags & CMD_FLAG_FUA and request.type != CMD_FLUSH and not performance.written:
             performance.written = True
-            self._start(performance, now, flush=True)
+            self._begin(performance, now, self._image.start_flush)
         else:
             self._reply(performance, 0, now)
 
-    def _has_room(self) -> bool:
-        return len(self._performances) + self._replies.count < self._limit
-
-    def _wants_more(self) -> bool:
-        """Tell whether the socket is to be read: for the rest of a payload, or for a request."""
-        if self._deaf:
-            return False
-        if self._payload or self._thrown_away:
-            return True
-        return not self._ended and len(self._rest) < REQUEST_SIZE and self._has_room()
-
-    def _hear_no_more(self, error: Exception) -> None:
-        """End the receiving side; a request that did not come whole is forgotten."""
-        self._deaf = True
-        if self._payload:
-            del self._performances[self._payload[0]]
-            self._payload = None
-        self._thrown_away = 0
-        self._end(error)
-
-    # ---- receiving
-
-    def _receive(self, now: float) -> None:
-        if self._payload:
-            self._receive_payload(now)
-            return
-        received = self._loop.received
-        if self._thrown_away:
-            self._thrown_away -= self._into(received[: self._thrown_away], "in mid-request")
-            return
-        begun = len(self._rest)
-        received[:begun] = self._rest
-        window = received[begun:REQUEST_SIZE] if self._large else received[begun:]
-        count = self._into(window, "in mid-request" if begun else "")
-        self._take(received[: begun + count], now)
-        if self._payload and count == len(window):
-            self._receive_payload(now)
-
-    def _receive_payload(self, now: float) -> None:
-        assert self._payload
-        performance, window = self._payload
-        count = self._into(window, "in mid-request")
-        if count < len(window):
-            self._payload = (performance, window[count:])
-        else:
-            self._payload = None
-            self._start(performance, now)
-
-    def _into(self, window: memoryview, where: str) -> int:
-        count = self._sock.recv_into(window)
-        if not count:
-            raise EOFError("the peer hung up" + (f" {where}" if where else ""))
-        return count
-
-    def _take_rest(self, now: float) -> None:
-        """Start what there was no room for before."""
-        received = self._loop.received[: len(self._rest)]
-        received[:] = self._rest
-        self._take(received, now)
-
-    def _take(self, received: memoryview, now: float) -> None:
-        """Start every whole request of what was received, and keep the rest."""
-        position, end = 0, len(received)
-        while end - position >= REQUEST_SIZE and self._has_room():
-            request = parse_request(received, position)
-            position += REQUEST_SIZE
-            if request.type == CMD_DISC:
-                self._ended = self._deaf = True
-                break
-            performance = Performance(self, request, now)
-            self._performances[performance] = None
-            if request.type != CMD_WRITE:
-                self._large = False
-                self._start(performance, now)
-                continue
-            position = self._take_payload(performance, received, position, now)
-        self._rest = bytes(received[position:])
-
-    def _take_payload(
-        self, performance: Performance, received: memoryview, position: int, now: float
-    ) -> int:
-        """Take a WRITE's payload as far as it was received; return where the next request begins.
-
-        One that is too long to be taken is thrown away.
-        """
-        length = performance.request.length
-        end = min(position + length, len(received))
-        self._large = length >= _LARGE
-        if length > MAX_PAYLOAD:
-            self._thrown_away = length - (end - position)
-            self._start(performance, now)
-        elif end - position == length:
-            performance.data = bytes(received[position:end])
-            self._start(performance, now)
-        else:
-            performance.data = self._loop.buffers.take(length)
-            view = memoryview(performance.data)
-            view[: end - position] = received[position:end]
-            self._payload = (performance, view[end - position :])
-        return end
-
-    # ---- performing and replying
-
-    def _start(self, performance: Performance, now: float, *, flush: bool = False) -> None:
+    def _start(self, performance: Performance, now: float) -> None:
         """Validate and start what was asked for, or reply at once why not."""
-        request = performance.request
-        error = validate(request, self.export)
-        if not error:
-            try:
-                self._image.start_flush(performance) if flush else self._perform(performance)
-            except Exception as cause:  # an answer is owed whatever happens, and it is not success
-                error = failure(request, cause)
-        if error:
+        if self.trace:
+            self.trace.request(performance.request, performance.data)
+        if error := validate(performance.request, self.export):
             self._reply(performance, error, now)
+        else:
+            self._begin(performance, now, self._perform)
+
+    def _begin(
+        self, performance: Performance, now: float, begin: Callable[[Performance], None]
+    ) -> None:
+        """Start one call of the image, or reply at once why it cannot be started."""
+        try:
+            begin(performance)
+        except Exception as cause:  # an answer is owed whatever happens, and it is not success
+            self._reply(performance, failure(performance.request, cause), now)
 
     def _perform(self, performance: Performance) -> None:
         flags, command, _, offset, length = performance.request
@@ -277,7 +152,11 @@ class EventConnection(Transmission):
         if buffer is not None and (error or request.type != CMD_READ):
             self._loop.buffers.give_back(buffer)
             buffer = None
-        self._replies.add(simple_reply(request.cookie, error), buffer)
+        header = simple_reply(request.cookie, error)
+        if self.trace:
+            self.trace.reply(header)
+        self._replies.add(header, buffer)
+        self._answered += cost(request)
         self.stats.record(request.type, request.length, now - performance.started, error)
 
     def _send(self) -> None:
@@ -289,3 +168,14 @@ class EventConnection(Transmission):
             self._replies.clear()
             self._hear_no_more(error)
             shut_down(self._sock, socket.SHUT_RDWR)
+        if self._peer:
+            self._note_replies(self._peer)
+
+    def _note_replies(self, peer: Peer) -> None:
+        """Note whether the client takes its replies, and give back what it has taken."""
+        if self._replies.unsent:
+            peer.begin(REPLIES, self._replies.next_piece, self._replies.whole)
+            return
+        peer.end(REPLIES)
+        answered, self._answered = self._answered, 0
+        peer.give_back(answered)

@@ -2,23 +2,21 @@
 
 Ceph's own options are taken where a user of rbd expects them. CEPH_CONF and CEPH_ARGS count as
 well: librados reads both, but for what it must know before it can be asked (the client's name and
-the path of ceph.conf), which is picked out of CEPH_ARGS here.
+the path of ceph.conf), which `ceph_args` picks out of CEPH_ARGS.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from rbdnbd.errors import UsageError
-from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
+from rbdnbd.spec import ClusterOptions, ImageSpec
 
 Command = Callable[..., Any]
 
@@ -40,7 +38,7 @@ def cluster_options(command: Command) -> Command:
     ) -> Any:
         if client_id and client_name:
             raise UsageError("use either --id or --name, not both")
-        early = _early_ceph_args()
+        early = _early_options()
         name = client_name or (f"client.{client_id}" if client_id else early.name)
         options = ClusterOptions(
             conf=conf or early.conf,
@@ -52,7 +50,7 @@ def cluster_options(command: Command) -> Command:
         )
         return command(*args, cluster=options, **kwargs)
 
-    return _with_options(_CLUSTER_OPTIONS, wrapped)
+    return with_options(_CLUSTER_OPTIONS, wrapped)
 
 
 def image_options(*, optional: bool = False) -> Callable[[Command], Command]:
@@ -97,175 +95,52 @@ def _with_image(command: Command, optional: bool) -> Command:
             raise UsageError("use either a snapshot's name or --snap-id, not both")
         return command(*args, spec=replace(whole, snap_id=snap_id), **kwargs)
 
-    return _with_options(_IMAGE_OPTIONS, wrapped)
+    return with_options(_IMAGE_OPTIONS, wrapped)
 
 
-def _with_options(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+def with_options(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """Add options to a command, in the order in which --help shows them."""
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def mapping_options(command: Command) -> Command:
-    """Add what a mapping can be asked for, to a command that gets `MapOptions` as `options`."""
-
-    @functools.wraps(command)
-    def wrapped(
-        *args: Any,
-        block_size: str | None,
-        quiesce: bool,
-        quiesce_hook: str,
-        formats: tuple[str, ...],
-        files: tuple[str, ...],
-        **kwargs: Any,
-    ) -> Any:
-        if len(formats) != len(files):
-            raise UsageError("give one --encryption-passphrase-file for each --encryption-format")
-        plain = {key: kwargs.pop(key) for key in _AS_THEY_ARE if key in kwargs}
-        options = MapOptions(
-            block_size=int(block_size or 0),
-            quiesce_hook=quiesce_hook if quiesce else "",
-            encryption=tuple(zip(formats, map(os.path.abspath, files), strict=True)),
-            **plain,
-        )
-        return command(*args, options=options, **kwargs)
-
-    return _with_options(_MAPPING_OPTIONS, wrapped)
-
-
-def map_only_options(command: Command) -> Command:
-    """Add what only a new mapping can be asked for; goes below `mapping_options`."""
-    return _with_options(_MAP_ONLY_OPTIONS, command)
-
-
-def process_options(command: Command) -> Command:
-    """Add what concerns the process that serves: `foreground`, `log_file`, `show_cookie`."""
-    return _with_options(_PROCESS_OPTIONS, command)
-
-
-def _option(*names: str, metavar: str, help: str) -> Callable[[Command], Command]:
+def text_option(*names: str, metavar: str, help: str) -> Callable[[Command], Command]:
+    """Return the decorator for an option with any words, the empty ones if it is left out."""
     return click.option(*names, default="", metavar=metavar, help=help)
 
 
 _CLUSTER_OPTIONS = (
-    _option("-c", "--conf", metavar="FILE", help="ceph.conf, instead of CEPH_CONF and Ceph's own."),
-    _option("--cluster", metavar="NAME", help="Name of the cluster.  [default: ceph]"),
-    _option("--id", "-i", "client_id", metavar="ID", help="Client, without the type: admin."),
-    _option("-n", "--name", "client_name", metavar="TYPE.ID", help="Client: client.admin."),
-    _option("--keyring", metavar="FILE", help="The client's keyring."),
-    _option("--keyfile", metavar="FILE", help="A file that holds the client's key alone."),
-    _option("-m", "--mon-host", metavar="HOST,…", help="The monitors' addresses."),
+    text_option(
+        "-c", "--conf", metavar="FILE", help="ceph.conf, instead of CEPH_CONF and Ceph's own."
+    ),
+    text_option("--cluster", metavar="NAME", help="Name of the cluster.  [default: ceph]"),
+    text_option("--id", "-i", "client_id", metavar="ID", help="Client, without the type: admin."),
+    text_option("-n", "--name", "client_name", metavar="TYPE.ID", help="Client: client.admin."),
+    text_option("--keyring", metavar="FILE", help="The client's keyring."),
+    text_option("--keyfile", metavar="FILE", help="A file that holds the client's key alone."),
+    text_option("-m", "--mon-host", metavar="HOST,…", help="The monitors' addresses."),
 )
 
 _IMAGE_OPTIONS = (
     click.argument("spec", metavar="[POOL/[NAMESPACE/]]IMAGE[@SNAP]", required=False),
-    _option("-p", "--pool", metavar="POOL", help="Pool of the image.  [default: rbd_default_pool]"),
-    _option("--namespace", metavar="NAME", help="Namespace of the image."),
-    _option("--image", metavar="NAME", help="The image, instead of the argument."),
-    _option("--snap", metavar="NAME", help="Snapshot of the image, which is read-only."),
+    text_option(
+        "-p", "--pool", metavar="POOL", help="Pool of the image.  [default: rbd_default_pool]"
+    ),
+    text_option("--namespace", metavar="NAME", help="Namespace of the image."),
+    text_option("--image", metavar="NAME", help="The image, instead of the argument."),
+    text_option("--snap", metavar="NAME", help="Snapshot of the image, which is read-only."),
     click.option(
         "--snap-id", type=click.IntRange(min=0), metavar="ID", help="Snapshot, by its number."
     ),
 )
 
-_AS_THEY_ARE = frozenset(
-    {"read_only", "exclusive", "no_trim", "io_timeout", "reattach_timeout", "cookie", "io_engine"}
-    | {"use_ioctl", "nbds_max", "max_part"}
-)
 
-ENGINE_OPTION = click.option(
-    "--io-engine",
-    type=click.Choice(["threads", "events"]),
-    default="threads",
-    show_default=True,
-    help="A thread for each request in flight, or one thread for all of them.",
-)
+def _early_options() -> ClusterOptions:
+    """Return what CEPH_ARGS says that librados must be told before it reads the rest of it."""
+    text = os.environ.get("CEPH_ARGS", "")
+    if not text:
+        return ClusterOptions()
+    from rbdnbd.ceph_args import early
 
-_MAPPING_OPTIONS = (
-    ENGINE_OPTION,
-    click.option("--read-only", is_flag=True, help="Refuse writes; a snapshot does so anyway."),
-    click.option("--exclusive", is_flag=True, help="Take the exclusive lock first, and keep it."),
-    click.option("--notrim", "no_trim", is_flag=True, help="Offer no discard."),
-    click.option(
-        "--block-size",
-        type=click.Choice(["512", "1024", "2048", "4096"]),
-        help="Logical block size in bytes.  [default: 512; 4096 if encrypted]",
-    ),
-    click.option(
-        "--io-timeout",
-        type=click.IntRange(min=0),
-        metavar="SECONDS",
-        help="Have the kernel give up on requests that take longer.  [default: wait for ever]",
-    ),
-    click.option(
-        "--reattach-timeout",
-        type=click.IntRange(min=0),
-        default=30,
-        metavar="SECONDS",
-        show_default=True,
-        help="Have the kernel keep the device, and what it is asked, if its process is gone.",
-    ),
-    _option("--cookie", metavar="WORDS", help="Identity of the mapping.  [default: a new one]"),
-    click.option("--quiesce", is_flag=True, help="Run the hook before and after snapshots."),
-    click.option(
-        "--quiesce-hook",
-        default="/usr/lib/rbd-nbd/rbd-nbd_quiesce",
-        metavar="FILE",
-        show_default=True,
-        help="Called as FILE DEVICE quiesce|unquiesce.",
-    ),
-    click.option(
-        "--encryption-format",
-        "formats",
-        multiple=True,
-        type=click.Choice(["luks", "luks1", "luks2"]),
-        help="Format of the image's encryption; again for each ancestor's of a clone.",
-    ),
-    click.option(
-        "--encryption-passphrase-file",
-        "files",
-        multiple=True,
-        metavar="FILE",
-        help="The passphrase, one file for each format.",
-    ),
-)
-
-_MAP_ONLY_OPTIONS = (
-    click.option("--ioctl", "use_ioctl", is_flag=True, help="Attach by ioctl, not netlink."),
-    click.option(
-        "--nbds-max", type=click.IntRange(min=1), metavar="N", help="Devices, if nbd is loaded now."
-    ),
-    click.option(
-        "--max-part",
-        type=click.IntRange(0, 255),
-        metavar="N",
-        help="Partitions of a device, if nbd is loaded now.",
-    ),
-)
-
-_PROCESS_OPTIONS = (
-    click.option("-f", "--foreground", is_flag=True, help="Serve in this process."),
-    click.option(
-        "--log-file", metavar="FILE", help="Log there.  [default: syslog, or stderr with -f]"
-    ),
-    click.option("--show-cookie", is_flag=True, help="Print the cookie behind the device."),
-)
-
-
-class _CephArgs(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"CEPH_ARGS: {message}")
-
-
-def _early_ceph_args() -> argparse.Namespace:
-    """Pick out of CEPH_ARGS what is needed before librados reads the rest of it."""
-    parser = _CephArgs(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--conf", default="")
-    parser.add_argument("--cluster", default="")
-    parser.add_argument("-n", "--name", default="client.admin")
-    parser.add_argument("-i", "--id", dest="name", type="client.{}".format)
-    try:
-        words = shlex.split(os.environ.get("CEPH_ARGS", ""))
-    except ValueError as error:
-        raise UsageError(f"CEPH_ARGS: {error}") from error
-    return parser.parse_known_args(words)[0]
+    return early(text)

@@ -27,7 +27,7 @@ UNLOCKABLE = ("--image-feature", "layering")
 
 PREDECESSOR = """
 import json, sys, threading
-from rbdnbd.image import open_image
+from rbdnbd.opening import open_image
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
 def write_on():

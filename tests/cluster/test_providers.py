@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rbdnbd.image import open_image
+from rbdnbd.opening import open_image
 from rbdnbd.spec import ClusterOptions, ImageSpec
 from testbed.cluster import RECIPE, ContainerCluster, LocalCluster, ThrowAwayCluster
 from testbed.engine import docker_engine

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rbdnbd.errors import RbdnbdError
-from rbdnbd.image import RbdImage, open_image
+from rbdnbd.image import RbdImage
+from rbdnbd.opening import open_image
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
 polled = False
