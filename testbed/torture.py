@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("path", nargs="*", help="files or tests; without: all tests of faults")
     wanted = parser.parse_args(arguments)
     all_rows = rows(root, wanted.path)
-    print(f"torture: {len(all_rows)} tests of faults, {wanted.minutes:g} minutes", flush=True)
+    print(f"torture: {wanted.minutes:g} minutes for these tests of faults: {len(all_rows)}", flush=True)
     try:
         torture(all_rows, wanted.minutes * 60, root)
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ UNLOCKABLE = ("--image-feature", "layering")
 
 PREDECESSOR = """
 import json, sys
-from rbdnbd.image import open_image
+from rbdnbd.opening import open_image
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
 spec, options = ImageSpec.parse(sys.argv[1]), ClusterOptions(**json.loads(sys.argv[2]))
@@ -119,7 +119,7 @@ def unlucky_osd(ceph_conf: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("unlucky_osd")
 @pytest.mark.parametrize("features", [LOCKABLE, UNLOCKABLE], ids=["lock", "no-lock"])
-def test_a_write_that_was_on_its_way_when_its_process_was_killed_never_lands_on_a_newer_one(
+def test_what_a_killed_process_has_sent_never_lands_on_what_its_successor_wrote(
     features: tuple[str, str],
     torture: Torture,
     image: Callable[..., str],
