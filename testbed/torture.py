@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from testbed.places import ROOT, TORTURE, WHOLE_SECONDS
+from testbed.places import ROOT, TORTURE
+from testbed.processes import end, sigterm_interrupts
 
 PYTEST = (sys.executable, "-m", "pytest")
 LOGS = Path(".build") / "torture"
@@ -34,6 +36,7 @@ TOOK = "seconds.json"
 SEEDS = 10**6
 LAST_LINES = 40
 COLLECT_SECONDS = 120
+CLEAN_UP_SECONDS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +100,22 @@ def run(row: Row, seed: int, root: Path) -> Round:
     log = logs / f"{row.test.rpartition('::')[2]}-{seed}.log"
     begun = time.monotonic()
     with log.open("wb") as printed:
-        done = subprocess.run(
+        pytest = subprocess.Popen(
             [*PYTEST, row.test],
             cwd=root,
             env={**os.environ, TORTURE: str(seed)},
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.STDOUT,
-            timeout=2 * WHOLE_SECONDS,
-            check=False,
+            start_new_session=True,  # Ctrl-C is passed on once, and its clean-up waited for
         )
-    result = Round(seed, done.returncode, time.monotonic() - begun, log)
+        try:
+            status = pytest.wait()  # it has limits of its own
+        finally:
+            if pytest.poll() is None:
+                end(pytest.pid, signal.SIGINT, CLEAN_UP_SECONDS)
+                pytest.wait()
+    result = Round(seed, status, time.monotonic() - begun, log)
     row.rounds.append(result)
     row.expected = result.seconds
     return result
@@ -132,8 +140,8 @@ def torture(
     rows: Sequence[Row], seconds: float, root: Path, clock: Callable[[], float] = time.monotonic
 ) -> None:
     """Run rows until the time is over, and print a line at the begin and the end of each round."""
-    end = clock() + seconds
-    while (left := end - clock()) > 0:
+    over = clock() + seconds
+    while (left := over - clock()) > 0:
         row = next_row(rows)
         seed = random.SystemRandom().randrange(SEEDS)
         print(f"torture: {left / 60:.0f} min left: {row.test}, {TORTURE}={seed}", flush=True)
@@ -163,9 +171,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("path", nargs="*", help="files or tests; without: all tests of faults")
     wanted = parser.parse_args(arguments)
     all_rows = rows(root, wanted.path)
-    print(f"torture: {wanted.minutes:g} minutes for these tests of faults: {len(all_rows)}", flush=True)
+    print(f"torture: {len(all_rows)} rows, {wanted.minutes:g} minutes", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
     try:
-        torture(all_rows, wanted.minutes * 60, root)
+        with sigterm_interrupts():
+            torture(all_rows, wanted.minutes * 60, root)
     except KeyboardInterrupt:
         print("torture: ended early", flush=True)
     known = {row.test: round(row.expected, 1) for row in all_rows if row.expected}
