@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -32,6 +32,7 @@ from rbdnbd.mapping_options import (
     map_only_options,
     mapping_options,
     process_options,
+    trace_options,
 )
 from rbdnbd.options import cluster_options, image_options
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
@@ -177,15 +178,15 @@ def unmap_command(target: str, force: bool, cluster: ClusterOptions) -> None:
 @click.option("--read-only", is_flag=True, help="Refuse writes; a snapshot is always read-only.")
 @click.option("--log-file", metavar="FILE", help="Log there instead of to stderr.")
 @ENGINE_OPTION
+@trace_options
 @cluster_options
 def serve(
     spec: ImageSpec,
     cluster: ClusterOptions,
     path: Path | None,
     address: str | None,
-    read_only: bool,
     log_file: str | None,
-    io_engine: str,
+    **options: Any,
 ) -> None:
     """Serve an image to any NBD client, until a signal comes; print its NBD URI.
 
@@ -195,7 +196,7 @@ def serve(
     """
     if (path is None) == (address is None):
         raise click.UsageError("say where to listen: --socket PATH or --listen HOST:PORT")
-    from rbdnbd.listener import listen_tcp, listen_unix, parse_address, uri
+    from rbdnbd.addresses import listen_tcp, listen_unix, parse_address, uri
     from rbdnbd.logs import log_to
     from rbdnbd.serving import run_server
 
@@ -209,7 +210,7 @@ def serve(
         daemon.ready(STATUS=f"serving {export}")
         click.echo(uri(sock, export))
 
-    run_server(spec, cluster, listen, ready, MapOptions(read_only=read_only, io_engine=io_engine))
+    run_server(spec, cluster, listen, ready, MapOptions(**options))
 
 
 for command in (list_mapped, name_command, stats_command):

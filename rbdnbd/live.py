@@ -37,6 +37,7 @@ from rbdnbd.opening import open_image
 from rbdnbd.record import Ownership, Record
 from rbdnbd.resize import following
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
+from rbdnbd.trace import Trace, tracing
 from rbdnbd.transmission import Transmission
 from rbdnbd.wire import FLAG_SEND_TRIM, Export, transmission_flags
 
@@ -58,8 +59,9 @@ def opened(
     spec: ImageSpec,
     cluster: ClusterOptions,
     options: MapOptions,
-) -> RbdImage:
-    """Open the image; it is flushed and closed when the stack unwinds."""
+) -> tuple[RbdImage, Trace | None]:
+    """Open the trace and the image, which is flushed and closed when the stack unwinds."""
+    trace = stack.enter_context(tracing(options.trace, with_data=options.trace_data))
     opening = open_image(
         spec,
         cluster,
@@ -72,7 +74,7 @@ def opened(
     image = life.during(lambda: stack.enter_context(opening))
     if not image.read_only:
         stack.callback(_flush, image)
-    return image
+    return image, trace
 
 
 def _flush(image: RbdImage) -> None:
@@ -130,6 +132,7 @@ def live(
     life: Life,
     fate: Fate,
     image: RbdImage,
+    trace: Trace | None,
     options: MapOptions,
     bind: Bind,
     ready: Ready,
@@ -139,7 +142,7 @@ def live(
     if options.no_trim:
         flags &= ~FLAG_SEND_TRIM
     ours, kernels = socket.socketpair()
-    connect = stack.enter_context(engine(image))
+    connect = stack.enter_context(engine(image, trace))
     connection = connect(ours, Export(str(image.spec), image.size(), flags))
     goodbye = stack.enter_context(_serving(connection, life))
     daemon.notify(STATUS="attaching the device")

@@ -54,9 +54,9 @@ def run_mapping(
     with ExitStack() as stack:
         fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
         fate.device_is_ours()
-        image = opened(stack, life, spec, without_cache(cluster, options), options)
+        image, trace = opened(stack, life, spec, without_cache(cluster, options), options)
         fate.record(image, cluster, options)
-        live(stack, life, fate, image, options, _attaching(driver, options), ready)
+        live(stack, life, fate, image, trace, options, _attaching(driver, options), ready)
 
 
 def run_mapping_or_attach(
@@ -93,10 +93,9 @@ def run_attach(
 ) -> None:
     """Serve a device, `options.device`, whose process is gone, until it is released or detached.
 
-    Without `spec`, all is as the device's record says. A predecessor that was killed is fenced; one
-    that lives is refused, or, with `take_from_living`, ended when our image is open, so that
-    the device waits for a moment only. Main thread. Raises as `run_mapping` does; the device is
-    left as it was.
+    Without `spec`, all but the trace is as the device's record says. A predecessor that was killed
+    is fenced; one that lives is refused, or, with `take_from_living`, ended when our image is open:
+    the device waits for a moment. Main thread. Raises as `run_mapping`, the device as it was.
     """
     endure()
     life, driver = Life(), NbdDriver()
@@ -107,13 +106,13 @@ def run_attach(
     if predecessor and not take_from_living:
         raise Busy(f"{device} has process {predecessor['id']} connected", errno.EBUSY)
     if spec is None:
-        spec, cluster, options = _as_recorded(find(cookie, run_dir), device)
+        spec, cluster, options = _as_recorded(find(cookie, run_dir), options)
 
     end = partial(detach, device, cluster, say=log.info, driver=driver, run_dir=run_dir)
     options = replace(options, cookie=cookie)
     without_lock = replace(options, exclusive=False)
     with Fate() as fate, ExitStack() as stack:
-        image = opened(stack, life, spec, without_cache(cluster, options), without_lock)
+        image, trace = opened(stack, life, spec, without_cache(cluster, options), without_lock)
         if predecessor:
             end()
         fate.owner = Ownership(cookie, run_dir)
@@ -121,7 +120,8 @@ def run_attach(
         if options.exclusive:  # only now: a dead owner is waited for until it is fenced
             life.during(image.lock)
         fate.record(image, cluster, options)
-        live(stack, life, fate, image, options, _reattaching(driver, index, options), ready)
+        bind = _reattaching(driver, index, options)
+        live(stack, life, fate, image, trace, options, bind, ready)
 
 
 def without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOptions:
@@ -181,13 +181,14 @@ def _cookie_on(index: int, devices: NbdDevices, options: MapOptions) -> str:
 
 
 def _as_recorded(
-    record: Record | None, device: str
+    record: Record | None, options: MapOptions
 ) -> tuple[ImageSpec, ClusterOptions, MapOptions]:
-    """Return what a device was mapped with."""
+    """Return what a device was mapped with; the trace is this process's own."""
     if record is None:
-        raise RbdnbdError(f"nothing is recorded of {device}: name the image that it is of")
+        raise RbdnbdError(f"nothing is recorded of {options.device}: name the image that it is of")
     layers = tuple((form, file) for form, file in record.options["encryption"])
-    known = MapOptions(**record.options | {"encryption": layers, "device": device})
+    own = {"device": options.device, "trace": options.trace, "trace_data": options.trace_data}
+    known = MapOptions(**record.options | {"encryption": layers} | own)
     return record.spec, record.cluster, known
 
 

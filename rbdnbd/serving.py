@@ -34,11 +34,11 @@ def run_server(
     """
     life = Life()
     with ExitStack() as stack:
-        image = opened(stack, life, spec, cluster, options)
+        image, trace = opened(stack, life, spec, cluster, options)
         flags = transmission_flags(read_only=image.read_only, multi_conn=True)
         export = Export(str(image.spec), image.size(), flags)
         sock = stack.enter_context(listen())
-        connect = stack.enter_context(engine(image))
+        connect = stack.enter_context(engine(image, trace))
         listener = Listener(sock, image, export, connect)
         listener.start()
         stack.callback(listener.stop, DRAIN_SECONDS)

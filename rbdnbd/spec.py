@@ -76,7 +76,7 @@ class MapOptions:
     0: for ever), `reattach_timeout` seconds for which the kernel keeps a device whose server is
     gone. `cookie` "" stands for a new one. `encryption` is a row of (format, passphrase file), the
     image's own first, then its ancestors'. `quiesce_hook` is the program to run around snapshots,
-    "" for none. `io_engine` is "threads" or "events".
+    "" for none. `io_engine` is "threads" or "events". `trace` is the file for a trace, "" for none.
     """
 
     read_only: bool = False
@@ -93,3 +93,5 @@ class MapOptions:
     quiesce_hook: str = ""
     encryption: tuple[tuple[str, str], ...] = ()
     io_engine: str = "threads"
+    trace: str = ""
+    trace_data: bool = False

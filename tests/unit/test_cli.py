@@ -122,6 +122,8 @@ def is_one_sentence(err: str) -> bool:
         ["serve", "rbd/vol", "--socket", "s", "--listen", ":1"],
         ["serve", "rbd/vol", "--listen", "localhost:port"],
         ["serve", "--socket", "s"],
+        ["serve", "rbd/vol", "--socket", "s", "--trace-data"],
+        ["map", "rbd/vol", "--trace-data"],
     ],
     ids=" ".join,
 )
@@ -154,6 +156,14 @@ def test_a_log_file_that_cannot_be_written_is_named(run, tmp_path):
         "",
         f"rbdnbd: cannot write to the log file {path}: No such file or directory\n",
     )
+
+
+def test_a_trace_that_cannot_be_written_is_named_before_a_cluster_is_looked_for(tmp_path):
+    """Seen to fail with a trace that is opened after the image."""
+    path, nowhere = tmp_path / "none" / "trace", tmp_path / "ceph.conf"
+    done = process("serve", "rbd/vol", "--socket", "s", "--trace", str(path), "-c", str(nowhere))
+    said = f"rbdnbd: cannot write the trace {path}: No such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 @pytest.mark.parametrize(
