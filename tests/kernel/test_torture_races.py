@@ -47,7 +47,7 @@ def test_commands_that_race_for_a_device_end_with_the_truth(
 ) -> None:
     """Seen to fail with BREAKS."""
     runners = race(1)
-    for _, source in torture.rounds(short=3, whole=60):
+    for _, source in torture.rounds(short=2, whole=60):
         runners.run(source, commands=6)
     runners.end()
 
@@ -58,5 +58,5 @@ def test_commands_that_race_for_many_devices_end_with_the_truth(
     """Ten of them in the whole form. Seen to fail with BREAKS."""
     runners = race(10 if torture.whole else 2)
     for _, source in torture.rounds(short=1, whole=10):
-        runners.run(source, commands=4)
+        runners.run(source, commands=3)
     runners.end()
