@@ -71,7 +71,7 @@ def test_random_operations_leave_on_a_device_what_they_leave_in_a_model(
 def test_the_log_of_a_failure_repeats_it(
     rbdnbd: Command, image: MakeImage, tmp_path: Path, torture: Torture
 ) -> None:
-    """Seen to fail with a replay that left out the resizes."""
+    """Seen to fail with a log without the seeds of what is written."""
     spec = image("4M", "--object-size", "1M")
     (tmp_path / "sitecustomize.py").write_text(LOSES_SOME_WRITES)
     device = succeed(rbdnbd("map", spec, PYTHONPATH=f"{tmp_path}:{ROOT}"))
