@@ -319,3 +319,64 @@ def test_an_image_that_a_living_process_has_mapped_is_busy(host):
     with pytest.raises(Busy) as refused:
         host.left_behind("rbd/vol")
     assert refused.value.message == f"rbd/vol is mapped to {host.device(2)} by process {GONE}"
+
+
+def test_a_device_that_is_just_being_attached_is_unmapped_when_its_process_answers(
+    host, monkeypatch
+):
+    """Seen to fail ("is not mapped") with devices that were looked for only among those left."""
+    host.loses(0, "rbd/vol")
+    owner = Ownership("cookie of rbd/vol", host.run_dir)
+
+    def owned(cookie: str, run_dir: Path) -> bool:
+        host.answers(0, "rbd/vol")
+        return True
+
+    monkeypatch.setattr(room, "owned", owned)
+    host.unmap("rbd/vol")
+    owner.give_up()
+    assert not host.connected(0)
+
+
+def test_a_process_that_has_a_device_and_does_not_answer_is_refused_at_last(host, monkeypatch):
+    """Seen to fail with devices that were looked for only among those left."""
+    monkeypatch.setattr(room, "SETTLE_SECONDS", 0.1)
+    host.loses(0, "rbd/vol")
+    owner = Ownership("cookie of rbd/vol", host.run_dir)
+    assert "no rbdnbd process answers for it" in host.refusal("rbd/vol")
+    owner.give_up()
+    assert host.connected(0)
+
+
+def test_nobody_attaches_a_device_while_it_is_unmapped(host, monkeypatch):
+    """Seen to fail with a record that was taken when the device was free already."""
+    host.loses(0, "rbd/vol")
+    release = host.driver.release
+
+    def look(*arguments: object, **options: object) -> None:
+        with pytest.raises(Busy):
+            Ownership("cookie of rbd/vol", host.run_dir)
+        release(*arguments, **options)
+
+    monkeypatch.setattr(host.driver, "release", look)
+    host.unmap("rbd/vol")
+    assert list(host.run_dir.iterdir()) == []
+
+
+def test_a_device_that_could_not_be_unmapped_can_still_be_attached(host, monkeypatch):
+    """Seen to fail with a record that was removed whatever came out."""
+    host.loses(0, "rbd/vol")
+    monkeypatch.setattr(
+        "rbdnbd.release.open_device", lambda *_: os.open("/nowhere/at/all", os.O_RDONLY)
+    )
+    host.refusal("rbd/vol")
+    assert Ownership("cookie of rbd/vol", host.run_dir).record is not None
+
+
+def test_a_record_that_is_removed_meanwhile_is_not_made_anew(host, monkeypatch):
+    """Seen to fail with an empty file for which there was no device."""
+    host.loses(0, "rbd/vol")
+    Ownership("cookie of rbd/vol", host.run_dir).remove()
+    monkeypatch.setattr(room, "find", lambda *_: object())
+    assert "no rbdnbd process answers for it" in host.refusal(host.device(0))
+    assert list(host.run_dir.iterdir()) == []
