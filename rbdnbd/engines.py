@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
-from rbdnbd.events import EventConnection
 from rbdnbd.image import RbdImage
-from rbdnbd.loop import Loop
-from rbdnbd.server import threads
 from rbdnbd.trace import Trace
 from rbdnbd.transmission import Engine, traced
 
@@ -24,8 +21,13 @@ it need not look every 5 ms, a hundred of them at once, whether its holder is to
 def engine(image: RbdImage, trace: Trace | None) -> Iterator[Engine]:
     """Serve the image's connections, which end before the `with` does, and trace them."""
     if image.polled is None:
+        from rbdnbd.server import threads
+
         sys.setswitchinterval(_SWITCH_SECONDS)
         yield traced(threads(image), trace)
         return
+    from rbdnbd.events import EventConnection
+    from rbdnbd.loop import Loop
+
     with Loop(image.polled) as loop:
         yield traced(partial(EventConnection, loop), trace)

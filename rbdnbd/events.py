@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+from rbdnbd.distrust import REPLIES, Peer, cost
 from rbdnbd.loop import Loop
 from rbdnbd.receiving import Performance, Receiving
 from rbdnbd.transmission import WORKERS, failure, short_read, shut_down
@@ -40,6 +41,7 @@ class EventConnection(Receiving):
     ) -> None:
         super().__init__(loop, sock, export, limit)
         self._image = loop.image
+        self._answered = 0  # bytes, of requests whose replies may not have been sent
         self._left = threading.Event()
 
     def serve(self) -> str:
@@ -48,6 +50,8 @@ class EventConnection(Receiving):
         self._loop.add(self)
         self._left.wait()
         self._sock.close()
+        if self._peer:
+            self._peer.leave()
         return self._reason
 
     def in_flight(self) -> list[tuple[Request, float]]:
@@ -72,6 +76,7 @@ class EventConnection(Receiving):
 
     def proceed(self, readable: bool, now: float) -> int | None:
         """Receive, start, send; return the events to wait for, None when all is over."""
+        self._starved = False
         self._send()
         try:
             if readable and self._wants_more():
@@ -87,6 +92,8 @@ class EventConnection(Receiving):
         self._send()
         if self._ended and not self._owes():
             return None
+        if self._peer:
+            self._note_request(self._peer)
         events = select.EPOLLIN if self._wants_more() else 0
         return events | (select.EPOLLOUT if self._replies.unsent else 0)
 
@@ -149,6 +156,7 @@ class EventConnection(Receiving):
         if self.trace:
             self.trace.reply(header)
         self._replies.add(header, buffer)
+        self._answered += cost(request)
         self.stats.record(request.type, request.length, now - performance.started, error)
 
     def _send(self) -> None:
@@ -160,3 +168,14 @@ class EventConnection(Receiving):
             self._replies.clear()
             self._hear_no_more(error)
             shut_down(self._sock, socket.SHUT_RDWR)
+        if self._peer:
+            self._note_replies(self._peer)
+
+    def _note_replies(self, peer: Peer) -> None:
+        """Note whether the client takes its replies, and give back what it has taken."""
+        if self._replies.unsent:
+            peer.begin(REPLIES, self._replies.next_piece, self._replies.whole)
+            return
+        peer.end(REPLIES)
+        answered, self._answered = self._answered, 0
+        peer.give_back(answered)

@@ -1,4 +1,4 @@
-"""The life of one mapping, from opening the image to closing it.
+"""The life of one mapping, from serving its image to closing it.
 
 Everything is put together here, and taken apart in reverse: record, image, connection, device,
 control socket. A mapping ends in one of two ways. Released: the device's page cache is written out
@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Final
 
@@ -28,16 +27,14 @@ from rbdnbd.control import Control, Document
 from rbdnbd.devices import NbdDevices
 from rbdnbd.engines import engine
 from rbdnbd.errors import RbdnbdError
-from rbdnbd.hook import quiescing
+from rbdnbd.holdings import Fate
 from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment
 from rbdnbd.life import Life
 from rbdnbd.names import announce
-from rbdnbd.opening import open_image
-from rbdnbd.record import Ownership, Record
 from rbdnbd.resize import following
-from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
-from rbdnbd.trace import Trace, tracing
+from rbdnbd.spec import MapOptions
+from rbdnbd.trace import Trace
 from rbdnbd.transmission import Transmission
 from rbdnbd.wire import FLAG_SEND_TRIM, Export, transmission_flags
 
@@ -51,80 +48,6 @@ Ready = Callable[[str, str], None]
 """Told the device and its cookie once it is live."""
 Bind = Callable[[socket.socket, Export, int], Attachment]
 """Hands the kernel's end of a socket pair over, for an export with a block size in bytes."""
-
-
-def opened(
-    stack: ExitStack,
-    life: Life,
-    spec: ImageSpec,
-    cluster: ClusterOptions,
-    options: MapOptions,
-) -> tuple[RbdImage, Trace | None]:
-    """Open the trace and the image, which is flushed and closed when the stack unwinds."""
-    trace = stack.enter_context(tracing(options.trace, with_data=options.trace_data))
-    opening = open_image(
-        spec,
-        cluster,
-        read_only=options.read_only,
-        say=lambda doing: daemon.notify(STATUS=doing),
-        exclusive=options.exclusive,
-        encryption=options.encryption,
-        polled=options.io_engine == "events",
-    )
-    image = life.during(lambda: stack.enter_context(opening))
-    if not image.read_only:
-        stack.callback(_flush, image)
-    return image, trace
-
-
-def _flush(image: RbdImage) -> None:
-    try:
-        image.flush()
-    except OSError as error:
-        message = f"{image.spec} could not be flushed, the newest writes may be lost: {error}"
-        raise RbdnbdError(message, error.errno or 0) from error
-
-
-class Fate:
-    """What becomes of the mapping's record, decided when all the rest has been undone."""
-
-    def __init__(self, owner: Ownership | None = None) -> None:
-        self.owner = owner
-        self.detached = False
-        self._ours = False
-
-    def record(self, image: RbdImage, cluster: ClusterOptions, options: MapOptions) -> None:
-        """Write down what a successor needs, before the device goes live."""
-        assert self.owner is not None
-        if self.owner.record is None:  # begun by us, it goes if we fail: the device is a stranger's
-            self._ours = True
-        self.owner.write(
-            Record(
-                cookie=options.cookie,
-                spec=image.spec,
-                image_id=image.image_id,
-                address=image.address,
-                cluster=cluster,
-                options=asdict(options),
-            )
-        )
-
-    def device_is_ours(self) -> None:
-        """Have the record removed at the end, unless the mapping is detached."""
-        self._ours = True
-
-    def __enter__(self) -> Fate:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.owner is None:
-            return
-        if self.detached and kind is None:
-            self.owner.detach()
-        elif self._ours and not self.detached:
-            self.owner.remove()
-        else:  # for the next who attaches, and fences
-            self.owner.give_up()
 
 
 def live(
@@ -175,6 +98,8 @@ def _accompany(
     if attachment.method == "netlink" and options.reattach_timeout and not options.io_timeout:
         expect_successor(devices, attachment.index)
     if options.quiesce_hook:
+        from rbdnbd.hook import quiescing
+
         stack.enter_context(quiescing(image, attachment.device, options.quiesce_hook))
 
     def resize_device(size: int) -> None:

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
 from rbdnbd.engines import engine
+from rbdnbd.holdings import opened
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
-from rbdnbd.live import await_end, opened
+from rbdnbd.live import await_end
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 from rbdnbd.wire import Export, transmission_flags
 

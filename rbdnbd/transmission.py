@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
 
+from rbdnbd.distrust import Distrust, Peer
 from rbdnbd.stats import Stats
 from rbdnbd.trace import Trace
 from rbdnbd.wire import Export, Request, nbd_error
@@ -65,6 +66,17 @@ class Transmission(ABC):
         self._sock = sock
         self._ended = False
         self._reason = ""
+        self._peer: Peer | None = None
+
+    def distrust(self, distrust: Distrust) -> None:
+        """Hold the client to limits, which the kernel's own end has none of; before `serve`."""
+        self._peer = distrust.peer(self._look_up)
+
+    def hang_up_if_overdue(self, now: float) -> None:
+        """Abort the connection of a client that has not ended in time what it began."""
+        if self._peer and (what := self._peer.overdue(now)):
+            self._end(TimeoutError(f"it has not ended in time {what}"))
+            self.abort()
 
     @abstractmethod
     def serve(self) -> str:

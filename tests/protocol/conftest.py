@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rbdnbd.listener import Listener, listen_tcp, listen_unix, uri
+from rbdnbd.addresses import listen_tcp, listen_unix, uri
+from rbdnbd.listener import Listener
 from rbdnbd.trace import Trace
 from rbdnbd.transmission import WORKERS, traced
 from tests.support.client import RawClient

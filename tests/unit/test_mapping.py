@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rbdnbd.mapping import without_cache
+from rbdnbd.holdings import without_cache
 from rbdnbd.spec import ClusterOptions, MapOptions
 
 ASKED_FOR = (("rbd_cache", "true"),)
