@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.client import READ, WRITE, RawClient
+from tests.support.trace import records
 
 Rbd = Callable[..., str]
 MakeImage = Callable[..., str]
@@ -119,6 +120,21 @@ def test_a_read_only_server_refuses_writes(
             ["qemu-io", "-f", "raw", "-c", "write 0 4k", uri], capture_output=True, check=False
         )
         assert done.returncode != 0
+
+
+@pytest.mark.parametrize("engine", ["threads", "events"])
+def test_a_trace_shows_what_a_client_asked_and_how_it_was_answered(
+    engine: str, image: MakeImage, ceph_conf: Path, tmp_path: Path
+) -> None:
+    """Seen to fail with an engine that was not given the trace."""
+    trace = tmp_path / "trace"
+    options = ("--socket", str(tmp_path / "s"), "--io-engine", engine, "--trace", str(trace))
+    with serving(ceph_conf, image("16M"), *options) as (uri, _):
+        run("qemu-io", "-f", "raw", "-c", "write -f 1M 4k", uri)
+    found = records(trace)
+    (write,) = (record for record in found if record[0] == ">" and record[2] == "NBD_CMD_WRITE")
+    assert write[3:] == ("FUA", 1 << 20, 4096)
+    assert ("<", write[1], 0) in found[found.index(write) :]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
