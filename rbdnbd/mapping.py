@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
 import uuid
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from rbdnbd import daemon
 from rbdnbd.control import RUN_DIR
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Busy, CookieMismatch, NotMapped, RbdnbdError
+from rbdnbd.fate import Fate
 from rbdnbd.fencing import fence
+from rbdnbd.handover import Offer
 from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment, NbdDriver
 from rbdnbd.life import Life
-from rbdnbd.live import Bind, Fate, Ready, live, opened
+from rbdnbd.live import Bind, Ready, live, opened
 from rbdnbd.mapped import detach, left_behind, on_device
 from rbdnbd.pressure import endure
 from rbdnbd.record import Ownership, Record, find
@@ -50,13 +50,14 @@ def run_mapping(
     driver.load(options.nbds_max, options.max_part)
     endure()
     life = Life()
-    options = replace(options, cookie=options.cookie or str(uuid.uuid4()))
+    cookie = options.cookie or str(uuid.uuid4())
+    options = replace(options, cookie=cookie, connections=options.connections or 1)
     with ExitStack() as stack:
         fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
         fate.device_is_ours()
         image = opened(stack, life, spec, without_cache(cluster, options), options)
         fate.record(image, cluster, options)
-        live(stack, life, fate, image, options, _attaching(driver, options), ready)
+        live(stack, life, fate, image, options, _attaching(driver, options), ready, new=True)
 
 
 def run_mapping_or_attach(
@@ -103,25 +104,25 @@ def run_attach(
     assert options.device is not None
     device, index = options.device, driver.devices.index(options.device)
     cookie = _cookie_on(index, driver.devices, options)
+    known = find(cookie, run_dir)
     predecessor = on_device(index, driver.devices, run_dir)
     if predecessor and not take_from_living:
         raise Busy(f"{device} has process {predecessor['id']} connected", errno.EBUSY)
     if spec is None:
-        spec, cluster, options = _as_recorded(find(cookie, run_dir), device)
-
-    end = partial(detach, device, cluster, say=log.info, driver=driver, run_dir=run_dir)
-    options = replace(options, cookie=cookie)
+        spec, cluster, options = _as_recorded(known, device)
+    options = replace(options, cookie=cookie, connections=_connections(known, device, options))
     without_lock = replace(options, exclusive=False)
     with Fate() as fate, ExitStack() as stack:
         image = opened(stack, life, spec, without_cache(cluster, options), without_lock)
         if predecessor:
-            end()
+            detach(device, cluster, say=log.info, driver=driver, run_dir=run_dir)
         fate.owner = Ownership(cookie, run_dir)
         _succeed(fate.owner.record, image, device)
         if options.exclusive:  # only now: a dead owner is waited for until it is fenced
             life.during(image.lock)
         fate.record(image, cluster, options)
-        live(stack, life, fate, image, options, _reattaching(driver, index, options), ready)
+        bind = _reattaching(driver, index, options)
+        live(stack, life, fate, image, options, bind, ready, new=False)
 
 
 def without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOptions:
@@ -137,9 +138,9 @@ def without_cache(cluster: ClusterOptions, options: MapOptions) -> ClusterOption
 
 
 def _attaching(driver: NbdDriver, options: MapOptions) -> Bind:
-    def bind(sock: socket.socket, export: Export, block_size: int) -> Attachment:
+    def bind(offer: Offer, export: Export, block_size: int) -> Attachment:
         return driver.attach(
-            sock,
+            *(offer() for _ in range(options.connections)),
             size=export.size,
             block_size=block_size,
             flags=export.flags,
@@ -154,10 +155,11 @@ def _attaching(driver: NbdDriver, options: MapOptions) -> Bind:
 
 
 def _reattaching(driver: NbdDriver, index: int, options: MapOptions) -> Bind:
-    def bind(sock: socket.socket, export: Export, block_size: int) -> Attachment:
+    def bind(offer: Offer, export: Export, block_size: int) -> Attachment:
         return driver.reattach(
             index,
-            sock,
+            offer,
+            options.connections,
             size=export.size - export.size % block_size,
             timeout=options.io_timeout,
             reattach_timeout=options.reattach_timeout,
@@ -180,6 +182,16 @@ def _cookie_on(index: int, devices: NbdDevices, options: MapOptions) -> str:
     return cookie
 
 
+def _connections(record: Record | None, device: str, options: MapOptions) -> int:
+    """Return how many connections a device has, which is settled when it is mapped."""
+    if record is None:
+        return options.connections or 1
+    has = int(record.options.get("connections", 1))
+    if options.connections not in (0, has):
+        raise RbdnbdError(f"{device} was mapped with --connections {has}, and keeps that number")
+    return has
+
+
 def _as_recorded(
     record: Record | None, device: str
 ) -> tuple[ImageSpec, ClusterOptions, MapOptions]:
@@ -187,7 +199,9 @@ def _as_recorded(
     if record is None:
         raise RbdnbdError(f"nothing is recorded of {device}: name the image that it is of")
     layers = tuple((form, file) for form, file in record.options["encryption"])
-    known = MapOptions(**record.options | {"encryption": layers, "device": device})
+    queue = tuple((key, value) for key, value in record.options.get("queue", ()))
+    lists = {"encryption": layers, "queue": queue}
+    known = MapOptions(**record.options | lists | {"device": device})
     return record.spec, record.cluster, known
 
 
