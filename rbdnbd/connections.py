@@ -90,15 +90,7 @@ class Connections:
 
     def offer(self) -> socket.socket:
         """Serve one more connection from now on; return the kernel's end."""
-        ours, kernels = socket.socketpair()
-        with self._lock:
-            member = _Member(self._connect(ours, self.export))
-            self._members.append(member)
-        member.thread = threading.Thread(
-            target=self._serve, args=(member,), name="nbd-0", daemon=True
-        )
-        member.thread.start()
-        return kernels
+        return self._begin()[1]
 
     def attached(self, give: Give | None) -> None:
         """Hear that the kernel has taken what it was offered, and how it is given more.
@@ -145,31 +137,46 @@ class Connections:
         with self._lock:
             return list(self._members)
 
+    def _begin(self) -> tuple[_Member, socket.socket]:
+        ours, kernels = socket.socketpair()
+        with self._lock:
+            member = _Member(self._connect(ours, self.export))
+            self._members.append(member)
+        member.thread = threading.Thread(
+            target=self._serve, args=(member,), name="nbd-0", daemon=True
+        )
+        member.thread.start()
+        return member, kernels
+
     def _serve(self, member: _Member) -> None:
-        reason, transmission = "the server has failed", member.transmission
+        reason, dropped, transmission = "the server has failed", False, member.transmission
         try:
             self._wait_for_room(member)
-            if unread := transmission.hung_up():
+            if dropped := transmission.hung_up():
                 transmission.abort()
             reason = transmission.serve()
-            if not reason and not unread:
+            if dropped:
+                reason = "the peer hung up"
+            elif reason:
+                dropped = transmission.hung_up()
+            else:
                 self.goodbye.set()
         finally:
-            self._leave(member, reason)
+            self._leave(member, reason, dropped)
 
     def _wait_for_room(self, member: _Member) -> None:
         """Wait until what the kernel does not wait for any more is nearly done, or for the end."""
 
         def done_in_vain() -> int:
-            old = (each.transmission for each in self._all() if each.replaced)
-            return sum(len(each.in_flight()) for each in old)
+            each_one = (each.transmission for each in self._all())
+            return sum(len(each.in_flight()) for each in each_one if each.hung_up())
 
         while done_in_vain() > WORKERS and not member.transmission.hung_up():
             if self._stopping.wait(_LOOK_SECONDS):
                 return
 
-    def _leave(self, member: _Member, reason: str) -> None:
-        if reason and member.taken and member.transmission.hung_up():
+    def _leave(self, member: _Member, reason: str, dropped: bool) -> None:
+        if dropped and self._give and not self.goodbye.wait(_LOOK_SECONDS) and member.taken:
             self._replace(member)
         with self._lock:
             self._members.remove(member)
@@ -185,7 +192,7 @@ class Connections:
     def _watch(self) -> None:
         """Look for connections that the kernel has hung up on, whether or not they are read.
 
-        A goodbye that is yet to be read looks like that as well: what counts is the second look.
+        A goodbye that is yet to be read looks like that as well: it has until the second look.
         """
         while not self._stopping.wait(_LOOK_SECONDS):
             for member in self._all():
@@ -196,17 +203,24 @@ class Connections:
 
     def _replace(self, member: _Member) -> None:
         """Give the kernel another connection for one that it has hung up on."""
+        offered: list[_Member] = []
+
+        def offer() -> socket.socket:
+            another, kernels = self._begin()
+            offered.append(another)
+            return kernels
+
         with self._replacing:
             if self._give is None or member.replaced:
                 return
             if self._stopping.is_set() or self.goodbye.is_set():
                 return
             try:
-                self._give(self.offer)
+                self._give(offer)
             except RbdnbdError as error:
                 log.warning("a connection that the kernel has dropped is not replaced: %s", error)
             else:
-                member.replaced = True
+                member.replaced = offered[-1].taken = True
                 log.warning("the kernel has dropped a connection, and was given another one")
             self._look_who_was_taken()
 
