@@ -159,7 +159,7 @@ class Connections:
                 reason = "the peer hung up"
             elif reason:
                 dropped = transmission.hung_up()
-            else:
+            elif member.taken is not False:
                 self.goodbye.set()
         finally:
             self._leave(member, reason, dropped)

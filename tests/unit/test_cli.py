@@ -233,6 +233,7 @@ DOCUMENT: Document = {
     "size": 1 << 30,
     "read_only": False,
     "attached_by": "netlink",
+    "connections": 1,
     "since": "2025-01-01T00:00:00+00:00",
     "stats": {"READ": NONE, "WRITE": NONE},
     "in_flight": [],
