@@ -16,7 +16,11 @@ from rbdnbd.wire import Export, transmission_flags
 from tests.support.client import FLUSH, RawClient
 from tests.support.opening import opened
 
-CACHED = (("rbd_cache", "true"), ("rbd_cache_writethrough_until_flush", "false"))
+CACHED = (
+    ("rbd_cache", "true"),
+    ("rbd_cache_policy", "writeback"),
+    ("rbd_cache_writethrough_until_flush", "false"),
+)
 BLOCK = 64 << 10
 
 
