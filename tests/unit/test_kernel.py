@@ -300,7 +300,7 @@ def test_a_socket_that_is_not_taken_at_first_is_offered_again(reattach, family):
 
 
 def test_each_connection_of_a_device_gets_a_successor_of_its_own(reattach, family, offer):
-    """Seen to fail with `hand_over` that offers the same sockets again: one is taken twice."""
+    """Seen to fail with a `hand_over` that is content with the first answer."""
     family.dead, family.deaf = 4, 1
     reattach(4)
     assert [len(each.sockets) for each in family.reconfigures] == [4, 4]
@@ -310,7 +310,7 @@ def test_each_connection_of_a_device_gets_a_successor_of_its_own(reattach, famil
 def test_connections_that_the_kernel_notices_late_are_given_theirs_later(
     reattach, family, offer, monkeypatch
 ):
-    """Seen to fail with a `hand_over` that is content with the first answer."""
+    """Seen to fail with a `hand_over` that offers as many again, whatever was taken."""
     noticed = iter((1, 3))
 
     def notice(_: float) -> None:
