@@ -1,86 +1,79 @@
 """Measure rbdnbd beside the stock rbd-nbd, qemu-nbd and librbd alone.
 
-Without options, all parts are measured with everybody, and docs/performance.md and its picture are
-written anew. With a choice of parts, candidates or cells the tables are printed and no more.
+Each part's results are kept as soon as they are there. When those of all parts are, and of this
+machine, docs/performance.md and its picture are written anew. With a choice of candidates or cells
+the results go to a file of their own, and the tables are printed and no more.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from bench import report
 from bench.build import BUILD, build
 from bench.candidates import AGAIN, OTHERS, OURS, STOCK, parsed
 from bench.cells import CELLS, chosen
-from bench.endurance import million, sizes
-from bench.kernel import kernel
 from bench.machine import description
-from bench.mappings import list_times, map_times
-from bench.rounds import native
+from bench.parts import PARTS, Wanted, measure, measures
+from bench.results import Results
 from bench.table import all_tables
 from testbed.cluster import Cluster, LocalCluster
 from testbed.processes import Unavailable
 
 RESULTS = BUILD / "results.json"
-PARTS = ("native", "kernel", "map", "list", "million", "sizes")
+CHOICE = BUILD / "choice.json"
 
 
 def main() -> int:
     """Measure, keep the results, print and write the tables; return an exit status."""
     wanted = arguments()
     names = [candidate.name for candidate in wanted.candidate or OURS]
-    if wanted.again:
-        results = json.loads(wanted.results.read_text())
-    else:
-        try:
-            results = measured(wanted)
-        except Unavailable as error:
-            say(f"failed: {error}")
-            return 1
-        wanted.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(all_tables(results, names))
-    everything = wanted.parts == PARTS and wanted.cells == CELLS and not wanted.candidate
-    if everything and set(PARTS) <= results.keys():
+    failures: dict[str, str] = {}
+    try:
+        results = Results(wanted.results)
+        if not wanted.again:
+            failures = measured(wanted, results)
+    except (Unavailable, ValueError) as error:
+        say(f"failed: {error}")
+        return 1
+    print(all_tables(results.figures(), names))
+    if wanted.results == RESULTS and results.complete(PARTS):
         report.write(results, names)
-        say(f"written: {report.PAGE}, {report.PICTURE}, {wanted.results}")
-    return 0
+        say(f"written: {report.PAGE}, {report.PICTURE}")
+    for part, reason in failures.items():
+        say(f"the part {part} failed: {reason}")
+    return 1 if failures else 0
 
 
-def measured(wanted: argparse.Namespace) -> dict[str, Any]:
-    """Measure the parts that are wanted, one after the other, on one cluster."""
+def measured(wanted: argparse.Namespace, results: Results) -> dict[str, str]:
+    """Measure the parts that are wanted on one cluster; return why those failed that did."""
     if Path("/sys/module/nbd").exists() and set(wanted.parts) - {"kernel"}:
         message = "this kernel has the nbd driver, which all parts but 'kernel' play themselves"
         raise Unavailable(f"{message}: modprobe -r nbd")
     ours = wanted.candidate or list(OURS)
-    candidates = [STOCK, AGAIN, *ours, *([] if wanted.candidate else OTHERS)]
-    cells, rounds, seconds = wanted.cells, wanted.rounds, wanted.seconds
-    results: dict[str, Any] = {
+    how = Wanted(
+        candidates=[STOCK, AGAIN, *ours, *([] if wanted.candidate else OTHERS)],
+        ours=ours,
+        cells=wanted.cells,
+        rounds=wanted.rounds,
+        seconds=wanted.seconds,
+        kernel_rounds=wanted.kernel_rounds,
+    )
+    run = {
+        "began": time.strftime("%Y-%m-%d %H:%M"),
         "machine": description(),
-        "rounds": rounds,
-        "seconds": seconds,
-        "kernel_rounds": wanted.kernel_rounds,
+        "rounds": how.rounds,
+        "seconds": how.seconds,
+        "kernel_rounds": how.kernel_rounds,
     }
     build()
     with ExitStack() as stack:
         cluster = cluster_of(wanted.conf, stack)
-        parts: dict[str, Callable[[], Any]] = {
-            "native": lambda: native(cluster, candidates, cells, rounds, seconds, say),
-            "kernel": lambda: kernel(cluster, wanted.kernel_rounds, say),
-            "map": lambda: map_times(cluster, say),
-            "list": lambda: list_times(cluster, say),
-            "million": lambda: million(cluster, ours, say),
-            "sizes": lambda: sizes(cluster, [STOCK, *ours], say),
-        }
-        for part in wanted.parts:
-            results[part] = parts[part]()
-    return results
+        return measure(wanted.parts, measures(cluster, how, say), results, run, say)
 
 
 def arguments() -> argparse.Namespace:
@@ -112,15 +105,21 @@ def arguments() -> argparse.Namespace:
         metavar="PART,…",
         help=f"of {','.join(PARTS)}  [default: all; with --candidate or --cells: native]",
     )
-    option("--rounds", type=positive, default=7, metavar="N", help="[default: 7]")
+    option("--rounds", type=positive, default=6, metavar="N", help="[default: 6]")
     option("--seconds", type=float, default=1.0, metavar="S", help="of a native cell  [default: 1]")
     option("--kernel-rounds", type=positive, default=5, metavar="N", help="[default: 5]")
     option("--conf", type=Path, metavar="FILE", help="a cluster that exists: its pool rbd is used")
-    option("--results", type=Path, default=RESULTS, metavar="FILE", help=f"[default: {RESULTS}]")
+    option(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help=f"[default: {RESULTS}; with --candidate or --cells: {CHOICE}]",
+    )
     option("--again", action="store_true", help="measure nothing: show the results that there are")
     wanted = parser.parse_args()
-    if wanted.parts is None:
-        wanted.parts = ("native",) if wanted.candidate or wanted.cells != CELLS else PARTS
+    choice = wanted.candidate or wanted.cells != CELLS
+    wanted.parts = wanted.parts or (("native",) if choice else PARTS)
+    wanted.results = wanted.results or (CHOICE if choice else RESULTS)
     return wanted
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import time
 from pathlib import Path
 
 from testbed.processes import output
@@ -20,5 +19,4 @@ def description() -> dict[str, str]:
         "kernel": platform.release(),
         "Ceph": ceph[1] if ceph else "unknown",
         "Python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
     }

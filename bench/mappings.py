@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -14,12 +15,12 @@ from typing import Any, Final
 
 from bench.candidates import ENGINES, RBDNBD
 from bench.figures import turns
-from bench.gateway import make_devices, shimmed
+from bench.gateway import END_SECONDS, make_devices, shimmed
 from bench.load import START_SECONDS, Load
 from bench.rounds import Say, image
 from bench.targets import STOCK
 from testbed.cluster import Cluster
-from testbed.processes import Unavailable
+from testbed.processes import Unavailable, end
 
 MAPPINGS: Final = 50
 MAP_ROUNDS: Final = 9
@@ -61,15 +62,21 @@ class Devices:
     environment: Mapping[str, str]
     loads: Sequence[Load]
 
-    def map(self, index: int, spec: str, *options: str) -> float:
-        """Map an image; return the seconds until the command returned."""
+    def map(self, index: int, spec: str, *options: str) -> tuple[float, int]:
+        """Map an image; return the seconds until the command returned, and who serves it."""
         argv = [*self.program.map, *options, "--device", f"/dev/nbd{index}", spec]
         seconds, _ = self.program.run(argv, self.environment)
-        self.loads[index].hear("live", START_SECONDS)
-        return seconds
+        return seconds, self.loads[index].hear("live", START_SECONDS)["pid"]
 
     def unmap(self, index: int) -> float:
-        """Unmap it again; return the seconds until the command returned."""
+        """Unmap it again; return the seconds until the command returned.
+
+        Not before it is listed, which takes a moment: what rbd-nbd does not list it does not unmap.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while self._listed()[1] < len(self.loads):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"{self.program.name} does not list what it has mapped")
         argv = [self.program.command, "unmap", f"/dev/nbd{index}"]
         seconds, _ = self.program.run(argv, self.environment)
         self.loads[index].hear("released", START_SECONDS)
@@ -77,12 +84,17 @@ class Devices:
 
     def list(self) -> float:
         """List the mappings, see that all are there, and return the seconds it took."""
-        argv = [self.program.command, "list-mapped", "--format", "json"]
-        seconds, printed = self.program.run(argv, self.environment)
-        found = sum(printed.count(f'/dev/nbd{index}"') > 0 for index in range(len(self.loads)))
+        seconds, found = self._listed()
         if found != len(self.loads):
             raise Unavailable(f"{self.program.name} lists {found} of {len(self.loads)} mappings")
         return seconds
+
+    def _listed(self) -> tuple[float, int]:
+        """List the mappings; return the seconds it took, and how many are there."""
+        argv = [self.program.command, "list-mapped", "--format", "json"]
+        seconds, printed = self.program.run(argv, self.environment)
+        found = sum(printed.count(f'/dev/nbd{index}"') > 0 for index in range(len(self.loads)))
+        return seconds, found
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def map_times(cluster: Cluster, say: Say) -> dict[str, Any]:
         for number in range(MAP_ROUNDS):
             for name in turns(list(all_devices), number):
                 taken = times.setdefault(name, {"map": [], "unmap": []})
-                taken["map"].append(all_devices[name].map(0, spec))
+                taken["map"].append(all_devices[name].map(0, spec)[0])
                 taken["unmap"].append(all_devices[name].unmap(0))
     return {
         name: {step: statistics.median(taken) for step, taken in steps.items()}
@@ -121,7 +133,10 @@ def map_times(cluster: Cluster, say: Say) -> dict[str, Any]:
 
 
 def list_times(cluster: Cluster, say: Say) -> dict[str, float]:
-    """Return the median seconds of list-mapped with many mappings of a program, by program."""
+    """Return the median seconds of list-mapped with many mappings of a program, by program.
+
+    The mappings are not unmapped, which is not what is measured: their processes are told to end.
+    """
     say(f"list-mapped, with {MAPPINGS} mappings of each program")
     times: dict[str, list[float]] = {}
     with ExitStack() as stack:
@@ -131,8 +146,8 @@ def list_times(cluster: Cluster, say: Say) -> dict[str, float]:
             made = stack.enter_context(devices(program, cluster, MAPPINGS))
             all_devices[program.name] = made
             for index in range(MAPPINGS):
-                stack.callback(made.unmap, index)
-                made.map(index, spec, "--read-only")
+                _, pid = made.map(index, spec, "--read-only")
+                stack.callback(end, pid, signal.SIGTERM, END_SECONDS)
         for number in range(LIST_ROUNDS):
             for name in turns(list(all_devices), number):
                 times.setdefault(name, []).append(all_devices[name].list())

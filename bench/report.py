@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
 from bench.build import ROOT
 from bench.plot import plot
+from bench.results import Results, provenance
 from bench.table import all_tables
 
 PAGE: Final = ROOT / "docs" / "performance.md"
@@ -24,18 +25,9 @@ def between_marks(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-def figures(results: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Return what stands between the marks."""
-    machine = "; ".join(f"{name} {value}" for name, value in results["machine"].items())
-    rounds = (
-        f"{results['rounds']} rounds of {results['seconds']:g} s a cell,"
-        f" {results['kernel_rounds']} rounds through the kernel."
-    )
-    return f"Measured on: {machine}. {rounds}\n\n{all_tables(results, names)}"
-
-
-def write(results: Mapping[str, Any], names: Iterable[str]) -> None:
+def write(results: Results, names: Iterable[str]) -> None:
     """Renew the page and the picture."""
-    page = between_marks(PAGE.read_text(encoding="utf-8"), figures(results, names))
-    PAGE.write_text(page, encoding="utf-8")
-    plot(results, PICTURE)
+    figures = results.figures()
+    text = f"{provenance(results.runs())}\n\n{all_tables(figures, names)}"
+    PAGE.write_text(between_marks(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+    plot(figures, PICTURE)

@@ -1,5 +1,5 @@
 """`python3 -m rbdnbd`: the same as the command rbdnbd."""
 
-from rbdnbd.cli import main
+from rbdnbd.main import main
 
 main()

@@ -50,6 +50,8 @@ class Replies:
         """Bytes."""
         self.count = 0
         """Replies that may be among them: it falls to 0 when everything is sent."""
+        self.whole = 0
+        """Pieces that have left whole, since everything was sent."""
 
     def add(self, header: bytes, data: bytearray | None) -> None:
         """Have a reply be sent behind the others."""
@@ -79,7 +81,12 @@ class Replies:
             self._buffers.give_back(buffer)
         self._lent.clear()
         self._pieces.clear()
-        self.unsent = self.count = 0
+        self.unsent = self.count = self.whole = 0
+
+    @property
+    def next_piece(self) -> int:
+        """Bytes of the piece that leaves next."""
+        return len(self._pieces[0])
 
     def _drop(self, sent: int) -> None:
         """Drop the first `sent` bytes."""
@@ -90,5 +97,6 @@ class Replies:
             sent -= len(piece)
             whole += 1
         del self._pieces[:whole]
+        self.whole += whole
         if sent:
             self._pieces[0] = memoryview(self._pieces[0])[sent:]

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 import rbdnbd
-from rbdnbd import daemon
+from rbdnbd import background, daemon
 from rbdnbd.cli_list import list_mapped, name_command, stats_command
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Interrupted, RbdnbdError
@@ -32,6 +32,7 @@ from rbdnbd.mapping_options import (
     map_only_options,
     mapping_options,
     process_options,
+    trace_options,
 )
 from rbdnbd.options import cluster_options, image_options
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
@@ -89,7 +90,7 @@ def map_command(
         NbdDevices().index(device)
     _require_root()
     if not foreground:
-        _start("map", ctx.meta["words"], show_cookie)
+        _start("map", ctx.meta["words"])
         return
     from rbdnbd.logs import log_to
     from rbdnbd.mapping import run_mapping, run_mapping_or_attach
@@ -130,10 +131,10 @@ def attach_command(
     NbdDevices().index(device)
     _require_root()
     if not foreground:
-        _start("attach", ctx.meta["words"], show_cookie)
+        _start("attach", ctx.meta["words"])
         return
+    from rbdnbd.attaching import run_attach
     from rbdnbd.logs import log_to
-    from rbdnbd.mapping import run_attach
 
     run_attach(
         spec,
@@ -177,15 +178,15 @@ def unmap_command(target: str, force: bool, cluster: ClusterOptions) -> None:
 @click.option("--read-only", is_flag=True, help="Refuse writes; a snapshot is always read-only.")
 @click.option("--log-file", metavar="FILE", help="Log there instead of to stderr.")
 @ENGINE_OPTION
+@trace_options
 @cluster_options
 def serve(
     spec: ImageSpec,
     cluster: ClusterOptions,
     path: Path | None,
     address: str | None,
-    read_only: bool,
     log_file: str | None,
-    io_engine: str,
+    **options: Any,
 ) -> None:
     """Serve an image to any NBD client, until a signal comes; print its NBD URI.
 
@@ -195,7 +196,7 @@ def serve(
     """
     if (path is None) == (address is None):
         raise click.UsageError("say where to listen: --socket PATH or --listen HOST:PORT")
-    from rbdnbd.listener import listen_tcp, listen_unix, parse_address, uri
+    from rbdnbd.addresses import listen_tcp, listen_unix, parse_address, uri
     from rbdnbd.logs import log_to
     from rbdnbd.serving import run_server
 
@@ -209,7 +210,7 @@ def serve(
         daemon.ready(STATUS=f"serving {export}")
         click.echo(uri(sock, export))
 
-    run_server(spec, cluster, listen, ready, MapOptions(read_only=read_only, io_engine=io_engine))
+    run_server(spec, cluster, listen, ready, MapOptions(**options))
 
 
 for command in (list_mapped, name_command, stats_command):
@@ -243,7 +244,7 @@ def main() -> NoReturn:
 
 def _fail(message: str, status: int, number: int = 0) -> NoReturn:
     """Say why in one sentence, to whoever waits for it."""
-    if not daemon.failed(message, number):
+    if not daemon.failed(message, number, status):
         if daemon.in_background():
             log.error("%s", message)
         click.echo(f"rbdnbd: {message}", err=True)
@@ -259,22 +260,23 @@ def _require_root() -> None:
         raise RbdnbdError("mapping a device needs root")
 
 
-def _start(command: str, words: list[str], show_cookie: bool) -> None:
-    """Run a command anew in the background, and print what it reports when it is ready."""
+def _start(command: str, words: list[str]) -> None:
+    """Run a command anew in the background, and print what it wants to be printed."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_by_signal)
-    fields = daemon.start([command, "--foreground", *words], _say)
-    click.echo(fields["STATUS"] if show_cookie else fields["X_RBDNBD_DEVICE"])
+    fields = background.start([command, "--foreground", *words], _say)
+    click.echo(fields["X_RBDNBD_PRINTED"])
 
 
 def _ready(show_cookie: bool) -> Callable[[str, str], None]:
     """Return the function that reports a device that is live, to the parent or on stdout."""
 
     def ready(device: str, cookie: str) -> None:
-        shown = f"{device} {cookie}"
-        daemon.ready(STATUS=shown, X_RBDNBD_DEVICE=device)
+        whole = f"{device} {cookie}"
+        printed = whole if show_cookie else device
+        daemon.ready(STATUS=whole, X_RBDNBD_DEVICE=device, X_RBDNBD_PRINTED=printed)
         if not daemon.in_background():
-            click.echo(shown if show_cookie else device)
+            click.echo(printed)
 
     return ready
 

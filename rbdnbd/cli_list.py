@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from rbdnbd.devices import NbdDevices
@@ -20,6 +18,8 @@ def list_mapped(style: str) -> None:
     if style == "plain":
         click.echo(listing(documents, style, pretty=False), nl=False)
     else:
+        import json
+
         keys = (*KEYS, "size", "read_only", "attached_by", "connections", "since")
         click.echo(json.dumps([{key: document[key] for key in keys} for document in documents]))
 
@@ -35,6 +35,8 @@ def stats_command(style: str) -> None:
     if style == "plain":
         click.echo(statistics(documents), nl=False)
     else:
+        import json
+
         keys = ("device", "pool", "namespace", "image", "snap", "stats", "in_flight")
         click.echo(json.dumps([{key: document[key] for key in keys} for document in documents]))
 

@@ -1,36 +1,23 @@
-"""Start in the background, and report readiness or the reason of failure.
+"""What a process of ours tells whoever started it: that it is ready, or why it failed.
 
-One mechanism serves both systemd and our own parent: sd_notify's datagrams (sd_notify(3)). The
-parent listens on a private socket, starts the command anew in the foreground of a session of its
-own, and waits for READY=1, an ERRNO with its STATUS sentence, or the end of the process. There is
-no fork without exec: librados' threads would not survive it.
+One set of words serves both systemd and our own parent: sd_notify's fields (sd_notify(3)), READY=1,
+or ERRNO with a STATUS sentence. systemd is sent them as datagrams, and our parent as packets on the
+pipe that it left us (`background`), which nobody else has.
 
-Until it is ready the child inherits stderr; then it lets go of stderr and of the working directory,
-so that a caller that reads to EOF gets there and no mount is kept busy.
+Until it is ready a process in the background has its parent's stderr; then it lets go of stderr and
+of the working directory, so that a caller that reads to EOF gets there and no mount is kept busy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import selectors
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import select
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Final
 
+from rbdnbd.background import VARIABLE, readable
 from rbdnbd.errors import RbdnbdError
-
-START_SECONDS: Final = 120.0
-_END_SECONDS: Final = 60.0
-_SAY_EVERY: Final = 5.0
-_BACKGROUND: Final = "RBDNBD_BACKGROUND"
 
 
 def notify(**fields: str | int) -> None:
@@ -40,25 +27,40 @@ def notify(**fields: str | int) -> None:
 
 
 def _send(fields: Mapping[str, str | int]) -> bool:
-    """Send one datagram if there is an address for it; return whether there is."""
+    """Send one message if there is somebody to send it to; return whether there is."""
+    lines = (f"{name}={str(value).replace(chr(10), ' ')}" for name, value in fields.items())
+    message = "\n".join(lines).encode(errors="replace")
+    if in_background():
+        return _report(message)
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]
-    lines = (f"{name}={str(value).replace(chr(10), ' ')}" for name, value in fields.items())
+    import socket  # here, because a process in the background needs to start quickly
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto("\n".join(lines).encode(errors="replace"), address)
+        sock.sendto(message, address)
+    return True
+
+
+def _report(message: bytes) -> bool:
+    """Write one packet to the parent's pipe, unless we have let go of it."""
+    pipe = os.environ[VARIABLE]
+    if not pipe:
+        return False
+    os.set_inheritable(int(pipe), False)
+    os.write(int(pipe), message[: select.PIPE_BUF])
     return True
 
 
 def in_background() -> bool:
-    """Whether this process was started by `start`."""
-    return _BACKGROUND in os.environ
+    """Whether this process was started by `background`."""
+    return VARIABLE in os.environ
 
 
 def ready(**fields: str | int) -> None:
-    """Report readiness; a background process then lets go of stderr and its directory.
+    """Report readiness; a background process then lets go of all that it has of its parent's.
 
     Raises `RbdnbdError` when nobody waits any more: what nobody knows of is undone.
     """
@@ -72,42 +74,22 @@ def ready(**fields: str | int) -> None:
         os.dup2(null, 2)
         os.close(null)
         os.chdir("/")
+        if pipe := os.environ[VARIABLE]:
+            os.environ[VARIABLE] = ""
+            os.close(int(pipe))
 
 
-def failed(message: str, errno: int) -> bool:
+def failed(message: str, errno: int, exit_status: int = 1) -> bool:
     """Report the reason of a failure; return whether a parent waits for it and will tell it."""
+    fields: dict[str, str | int] = {
+        "ERRNO": errno,
+        "X_RBDNBD_EXIT_STATUS": exit_status,
+        "STATUS": message,
+    }
     try:
-        return _send({"ERRNO": errno, "STATUS": message}) and in_background()
+        return _send(fields) and in_background()
     except OSError:
         return False
-
-
-def start(
-    arguments: Sequence[str],
-    say: Callable[[str], None],
-    seconds: float = START_SECONDS,
-    module: str = "rbdnbd",
-) -> dict[str, str]:
-    """Run a command of ours in the background and return the fields it reported when ready.
-
-    The command is that of `python3 -m MODULE ARGUMENTS`.
-
-    `say` is told every few seconds what the child is waiting for. Raises `RbdnbdError` with the
-    child's own sentence, or when it ends or is not ready after `seconds`; the child is gone then.
-    """
-    with _notify_socket() as (sock, address):
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            env=os.environ | {"NOTIFY_SOCKET": address, _BACKGROUND: "1"},
-        )
-        try:
-            return _await_ready(child, sock, say, seconds)
-        except BaseException:
-            _end(child, say)
-            raise
 
 
 @contextmanager
@@ -123,77 +105,6 @@ def watching(pid: int) -> Iterator[Callable[[float], bool]]:
         yield lambda seconds: True
         return
     try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process, selectors.EVENT_READ)
-            yield lambda seconds: bool(selector.select(seconds))
+        yield lambda seconds: readable(process, seconds)
     finally:
         os.close(process)
-
-
-@contextmanager
-def _notify_socket() -> Iterator[tuple[socket.socket, str]]:
-    with (
-        tempfile.TemporaryDirectory(prefix="rbdnbd-") as directory,
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
-    ):
-        path = Path(directory, "notify")
-        sock.bind(str(path))
-        yield sock, str(path)
-
-
-def _await_ready(
-    child: subprocess.Popen[bytes],
-    sock: socket.socket,
-    say: Callable[[str], None],
-    seconds: float,
-) -> dict[str, str]:
-    begin = time.monotonic()
-    doing = "starting"
-    process = os.pidfd_open(child.pid)
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            selector.register(process, selectors.EVENT_READ)
-            while (left := begin + seconds - time.monotonic()) > 0:
-                events = selector.select(min(left, _SAY_EVERY))
-                if not events:
-                    say(f"still {doing} ({time.monotonic() - begin:.0f} s)")
-                elif all(key.fileobj != sock for key, _ in events):
-                    raise RbdnbdError(f"the process {_how_it_ended(child)} while {doing}")
-                else:
-                    fields = _fields(sock.recv(65536))
-                    if "ERRNO" in fields:
-                        raise RbdnbdError(fields["STATUS"], int(fields["ERRNO"]))
-                    if "READY" in fields:
-                        return fields
-                    doing = fields.get("STATUS", doing)
-    finally:
-        os.close(process)
-    raise RbdnbdError(f"gave up after {seconds:.0f} s of {doing}")
-
-
-def _fields(message: bytes) -> dict[str, str]:
-    lines = (line.partition("=") for line in message.decode().split("\n"))
-    return {name: value for name, _, value in lines}
-
-
-def _how_it_ended(child: subprocess.Popen[bytes]) -> str:
-    status = child.wait()
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"exited with status {status}"
-
-
-def _end(child: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
-    """End a child that is not ready, in its own way unless that takes too long."""
-    child.terminate()
-    try:
-        child.wait(_SAY_EVERY)
-    except subprocess.TimeoutExpired:
-        say(f"waiting for process {child.pid} to undo what it has done")
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_END_SECONDS)
-        finally:
-            child.kill()
-            child.wait()

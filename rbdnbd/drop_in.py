@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import rbdnbd
-from rbdnbd import daemon
+from rbdnbd import background, daemon
 from rbdnbd.devices import NbdDevices
 from rbdnbd.drop_in_args import DEVICE, Request, parse
 from rbdnbd.errors import (
@@ -182,7 +182,7 @@ def _begin(request: Request) -> None:
         return
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_by_signal)
-    fields = daemon.start(sys.argv[1:], _say, module="rbdnbd.drop_in")
+    fields = background.start(sys.argv[1:], _say, program=("-m", "rbdnbd.drop_in"))
     _print(_device_line(request, fields["X_RBDNBD_DEVICE"], fields["X_RBDNBD_COOKIE"]))
 
 
@@ -193,7 +193,6 @@ def _device_line(request: Request, device: str, cookie: str) -> str:
 def _serve(request: Request) -> None:
     """Be the process that serves the device; it is called rbd-nbd by ps."""
     from rbdnbd.logs import log_to
-    from rbdnbd.mapping import run_attach, run_mapping
 
     with suppress(OSError):
         Path("/proc/self/comm").write_text("rbd-nbd")
@@ -207,9 +206,13 @@ def _serve(request: Request) -> None:
             _print(_device_line(request, device, cookie))
 
     if request.command == "attach":
+        from rbdnbd.attaching import run_attach
+
         _require_orphan(request)
         run_attach(request.spec, cluster, request.options, ready)
     else:
+        from rbdnbd.mapping import run_mapping
+
         run_mapping(request.spec, cluster, request.options, ready)
 
 

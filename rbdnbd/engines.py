@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
-from rbdnbd.events import EventConnection
 from rbdnbd.image import RbdImage
-from rbdnbd.loop import Loop
-from rbdnbd.server import threads
-from rbdnbd.transmission import Engine
+from rbdnbd.trace import Trace
+from rbdnbd.transmission import Engine, traced
 
 _SWITCH_SECONDS: Final = 0.2
 """Workers hold the interpreter for microseconds and let go of it by themselves. Those that wait for
@@ -20,11 +18,16 @@ it need not look every 5 ms, a hundred of them at once, whether its holder is to
 
 
 @contextmanager
-def engine(image: RbdImage) -> Iterator[Engine]:
-    """Serve the image's connections, which end before the `with` does."""
+def engine(image: RbdImage, trace: Trace | None) -> Iterator[Engine]:
+    """Serve the image's connections, which end before the `with` does, and trace them."""
     if image.polled is None:
+        from rbdnbd.server import threads
+
         sys.setswitchinterval(_SWITCH_SECONDS)
-        yield threads(image)
+        yield traced(threads(image), trace)
         return
+    from rbdnbd.events import EventConnection
+    from rbdnbd.loop import Loop
+
     with Loop(image.polled) as loop:
-        yield partial(EventConnection, loop)
+        yield traced(partial(EventConnection, loop), trace)

@@ -10,7 +10,6 @@ knows the foreign library.
 from __future__ import annotations
 
 import errno
-import signal
 
 
 class RbdnbdError(Exception):
@@ -71,5 +70,7 @@ class Interrupted(Exception):
     """A signal, `number`, came before the command was done."""
 
     def __init__(self, number: int) -> None:
+        import signal  # here, because the rest is imported by whoever must be quick
+
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.number = number

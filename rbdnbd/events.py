@@ -11,7 +11,9 @@ from __future__ import annotations
 import select
 import socket
 import threading
+from collections.abc import Callable
 
+from rbdnbd.distrust import REPLIES, Peer, cost
 from rbdnbd.loop import Loop
 from rbdnbd.receiving import Performance, Receiving
 from rbdnbd.transmission import WORKERS, failure, short_read, shut_down
@@ -39,6 +41,7 @@ class EventConnection(Receiving):
     ) -> None:
         super().__init__(loop, sock, export, limit)
         self._image = loop.image
+        self._answered = 0  # bytes, of requests whose replies may not have been sent
         self._left = threading.Event()
 
     def serve(self) -> str:
@@ -47,6 +50,8 @@ class EventConnection(Receiving):
         self._loop.add(self)
         self._left.wait()
         self._sock.close()
+        if self._peer:
+            self._peer.leave()
         return self._reason
 
     def in_flight(self) -> list[tuple[Request, float]]:
@@ -71,6 +76,7 @@ class EventConnection(Receiving):
 
     def proceed(self, readable: bool, now: float) -> int | None:
         """Receive, start, send; return the events to wait for, None when all is over."""
+        self._starved = False
         self._send()
         try:
             if readable and self._wants_more():
@@ -86,6 +92,8 @@ class EventConnection(Receiving):
         self._send()
         if self._ended and not self._owes():
             return None
+        if self._peer:
+            self._note_request(self._peer)
         events = select.EPOLLIN if self._wants_more() else 0
         return events | (select.EPOLLOUT if self._replies.unsent else 0)
 
@@ -99,21 +107,27 @@ class EventConnection(Receiving):
             self._reply(performance, error, now)
         elif request.flags & CMD_FLAG_FUA and request.type != CMD_FLUSH and not performance.written:
             performance.written = True
-            self._start(performance, now, flush=True)
+            self._begin(performance, now, self._image.start_flush)
         else:
             self._reply(performance, 0, now)
 
-    def _start(self, performance: Performance, now: float, *, flush: bool = False) -> None:
+    def _start(self, performance: Performance, now: float) -> None:
         """Validate and start what was asked for, or reply at once why not."""
-        request = performance.request
-        error = validate(request, self.export)
-        if not error:
-            try:
-                self._image.start_flush(performance) if flush else self._perform(performance)
-            except Exception as cause:  # an answer is owed whatever happens, and it is not success
-                error = failure(request, cause)
-        if error:
+        if self.trace:
+            self.trace.request(performance.request, performance.data)
+        if error := validate(performance.request, self.export):
             self._reply(performance, error, now)
+        else:
+            self._begin(performance, now, self._perform)
+
+    def _begin(
+        self, performance: Performance, now: float, begin: Callable[[Performance], None]
+    ) -> None:
+        """Start one call of the image, or reply at once why it cannot be started."""
+        try:
+            begin(performance)
+        except Exception as cause:  # an answer is owed whatever happens, and it is not success
+            self._reply(performance, failure(performance.request, cause), now)
 
     def _perform(self, performance: Performance) -> None:
         flags, command, _, offset, length = performance.request
@@ -138,7 +152,11 @@ class EventConnection(Receiving):
         if buffer is not None and (error or request.type != CMD_READ):
             self._loop.buffers.give_back(buffer)
             buffer = None
-        self._replies.add(simple_reply(request.cookie, error), buffer)
+        header = simple_reply(request.cookie, error)
+        if self.trace:
+            self.trace.reply(header)
+        self._replies.add(header, buffer)
+        self._answered += cost(request)
         self.stats.record(request.type, request.length, now - performance.started, error)
 
     def _send(self) -> None:
@@ -150,3 +168,14 @@ class EventConnection(Receiving):
             self._replies.clear()
             self._hear_no_more(error)
             shut_down(self._sock, socket.SHUT_RDWR)
+        if self._peer:
+            self._note_replies(self._peer)
+
+    def _note_replies(self, peer: Peer) -> None:
+        """Note whether the client takes its replies, and give back what it has taken."""
+        if self._replies.unsent:
+            peer.begin(REPLIES, self._replies.next_piece, self._replies.whole)
+            return
+        peer.end(REPLIES)
+        answered, self._answered = self._answered, 0
+        peer.give_back(answered)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Final, cast
 
 from rbdnbd.cluster import client_address
 from rbdnbd.errors import RbdnbdError, image_error
-from rbdnbd.polled import PolledImage
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
 if TYPE_CHECKING:
     import rados
     import rbd
+
+    from rbdnbd.polled import PolledImage
 
 _AT_ONCE: Final = 1 << 30
 
@@ -49,7 +50,7 @@ class RbdImage:
         self.cluster = cluster
         self.read_only = read_only
         self.image_id = image.id()
-        self.polled = image if isinstance(image, PolledImage) else None
+        self.polled = None if isinstance(image, rbd.Image) else image
         self.address = client_address(self.polled.addresses if self.polled else client.get_addrs())
         self.handle = self._image = cast("rbd.Image", image)
         self.client = client

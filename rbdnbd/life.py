@@ -50,11 +50,12 @@ class Life:
         assert ending is not None, "an action is still under way"
         return ending
 
-    def during(self, action: Callable[[], T]) -> T:
+    def during(self, action: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> T:
         """Return what a slow, blocking action returns, or raise `Interrupted` on a signal.
 
         The action runs in a thread of its own. After a signal it is given a moment to finish, so
-        that what it has made is undone by whoever called; one that hangs ends the process.
+        that what it has made is undone by whoever called; one that hangs ends the process. What is
+        to be done `meanwhile` must not take long.
         """
         future: Future[T] = Future()
 
@@ -66,6 +67,8 @@ class Life:
             self._endings.put(None)
 
         threading.Thread(target=run, name="start", daemon=True).start()
+        if meanwhile:
+            meanwhile()
         ending = self._endings.get()
         if ending is None:
             return future.result()

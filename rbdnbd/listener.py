@@ -3,26 +3,20 @@
 Each client has a thread that drives the handshake over the socket, within a time limit, and then
 gives the socket to the engine and waits for its end. All clients share one image, so that a flush
 by any of them covers the writes of all (CAN_MULTI_CONN). A client that breaks the protocol, or
-leaves in the middle of a request, ends its own connection and nothing else.
+leaves in the middle of a request, ends its own connection and nothing else; one that does not go
+on with what it has begun is hung up on (`rbdnbd.distrust`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import ipaddress
 import logging
-import os
 import socket
-import stat
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
-from rbdnbd.errors import RbdnbdError, UsageError
+from rbdnbd.distrust import Distrust
 from rbdnbd.handshake import Conversation, negotiate
 from rbdnbd.stats import Stats, total
 from rbdnbd.transmission import Engine, Image, Transmission
@@ -30,11 +24,11 @@ from rbdnbd.wire import Export, ProtocolError
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT: Final = 10809
-"""The port that IANA has assigned to nbd."""
 HANDSHAKE_SECONDS: Final = 10.0
-CLIENTS: Final = 128
+CLIENTS: Final = 1024
 """Connections at once; a further client waits in the listening socket's backlog."""
+_SAY_SECONDS: Final = 60.0
+_WATCH_SECONDS: Final = 1.0
 
 
 class Listener:
@@ -49,22 +43,29 @@ class Listener:
         *,
         clients: int = CLIENTS,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        distrust: Distrust | None = None,
     ) -> None:
         self._sock = sock
         self._image = image
         self._export = export
         self._engine = engine
         self._handshake_seconds = handshake_seconds
+        self._distrust = distrust or Distrust()
+        self._most = clients
         self._places = threading.BoundedSemaphore(clients)
+        self._said = -_SAY_SECONDS
         self._lock = threading.Lock()
         self._clients: dict[threading.Thread, socket.socket | Transmission] = {}
         self._past = Stats()
         self._stopping = False
+        self._stopped = threading.Event()
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="nbd-watch", daemon=True)
 
     def start(self) -> None:
         """Accept clients in threads of its own from now on."""
         self._acceptor.start()
+        self._watcher.start()
 
     def stop(self, seconds: float) -> None:
         """Accept and read no more; answer what was read, and hang up on what is left after that."""
@@ -84,6 +85,8 @@ class Listener:
         for thread in clients:
             thread.join()
         self._acceptor.join()
+        self._stopped.set()
+        self._watcher.join()
         self._sock.close()
 
     def stats(self) -> Stats:
@@ -95,7 +98,7 @@ class Listener:
 
     def _accept(self) -> None:
         while True:
-            self._places.acquire()
+            self._await_place()
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
@@ -119,6 +122,25 @@ class Listener:
                     sock.close()
                     self._places.release()
 
+    def _await_place(self) -> None:
+        """Wait until a further client may be accepted, and say so, but not too often."""
+        if self._places.acquire(blocking=False):
+            return
+        if time.monotonic() - self._said > _SAY_SECONDS:
+            self._said = time.monotonic()
+            log.warning("%d clients are connected: further ones have to wait", self._most)
+        self._places.acquire()
+
+    def _watch(self) -> None:
+        """Hang up on clients that do not end in time what they have begun."""
+        while not self._stopped.wait(min(_WATCH_SECONDS, self._distrust.seconds / 4)):
+            with self._lock:
+                clients = list(self._clients.values())
+            now = time.monotonic()
+            for client in clients:
+                if not isinstance(client, socket.socket):
+                    client.hang_up_if_overdue(now)
+
     def _client(self, sock: socket.socket) -> None:
         """Shake hands with one client and serve it to its end."""
         this = threading.current_thread()
@@ -130,6 +152,7 @@ class Listener:
             if not converse(sock, negotiate(self._export), self._handshake_seconds):
                 return
             connection = self._engine(sock, self._export)
+            connection.distrust(self._distrust)
             with self._lock:
                 self._clients[this] = connection
                 if self._stopping:
@@ -194,86 +217,6 @@ def _receive(sock: socket.socket, length: int, deadline: float) -> bytes:
             raise EOFError("the client hung up")
         received += data
     return received
-
-
-@contextlib.contextmanager
-def listen_unix(path: Path) -> Iterator[socket.socket]:
-    """Listen on a unix socket that only its owner may connect to (mode 0600); removed at the end.
-
-    A socket left behind by a process that is gone is replaced, anything else there refused.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            _remove_stale(path)
-            sock.bind(str(path))
-            path.chmod(0o600)  # nobody can connect before listen()
-            sock.listen()
-        except OSError as error:
-            number = error.errno or errno.EINVAL  # "AF_UNIX path too long" comes without a number
-            message = f"cannot listen on {path}: {error.strerror or error}"
-            raise RbdnbdError(message, number) from error
-        try:
-            yield sock
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _remove_stale(path: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(errno.EEXIST, "a file of that name exists")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-        else:
-            raise OSError(errno.EADDRINUSE, "another server is listening there")
-
-
-def parse_address(address: str) -> tuple[str, int]:
-    """Read `HOST:PORT`, `[v6]:PORT`, `:PORT` or `HOST`; loopback and port 10809 where left out."""
-    host, colon, port = address.rpartition(":")
-    if not colon or address.endswith("]"):
-        host, port = address, str(DEFAULT_PORT)
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise UsageError(f"invalid address {address!r}: an IPv6 address is written [::1]:PORT")
-    host = host.removeprefix("[").removesuffix("]")
-    if not port.isdecimal() or int(port) > 0xFFFF:
-        raise UsageError(f"invalid address {address!r}: expected HOST:PORT")
-    return host or "127.0.0.1", int(port)
-
-
-@contextlib.contextmanager
-def listen_tcp(host: str, port: int) -> Iterator[socket.socket]:
-    """Listen on a TCP address; port 0 lets the system choose one. Other than loopback is logged."""
-    with contextlib.ExitStack() as stack:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            sock = stack.enter_context(socket.socket(family, kind, protocol))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            sock.listen()
-        except (OSError, UnicodeError) as error:  # the latter is what IDNA says of a bad name
-            reason = error.strerror if isinstance(error, OSError) else error
-            number = error.errno or 0 if isinstance(error, OSError) else errno.EINVAL
-            raise RbdnbdError(f"cannot listen on {host}:{port}: {reason}", number) from error
-        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-            log.warning("whoever reaches %s port %d can read and write the image", host, port)
-        yield sock
-
-
-def uri(sock: socket.socket, export_name: str) -> str:
-    """Return the NBD URI of a listening socket (NetworkBlockDevice/nbd, doc/uri.md)."""
-    name = quote(export_name, safe="/")
-    if sock.family == socket.AF_UNIX:
-        return f"nbd+unix:///{name}?socket={quote(os.path.abspath(sock.getsockname()), safe='/')}"
-    host, port = sock.getsockname()[:2]
-    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{name}"
 
 
 def _hang_up(sock: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""The life of one mapping, from opening the image to closing it.
+"""The life of one mapping, from serving its image to closing it.
 
 Everything is put together here, and taken apart in reverse: record, image, connections, device,
 control socket. A mapping ends in one of two ways. Released: the device's page cache is written out
@@ -33,16 +33,15 @@ from rbdnbd.control import Control, Document
 from rbdnbd.devices import NbdDevices
 from rbdnbd.engines import engine
 from rbdnbd.errors import RbdnbdError
-from rbdnbd.fate import Fate
 from rbdnbd.handover import Offer
-from rbdnbd.hook import quiescing
+from rbdnbd.holdings import Fate
 from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment
 from rbdnbd.life import Life
 from rbdnbd.names import announce
-from rbdnbd.opening import open_image
 from rbdnbd.resize import following
-from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
+from rbdnbd.spec import MapOptions
+from rbdnbd.trace import Trace
 from rbdnbd.wire import FLAG_SEND_TRIM, Export, transmission_flags
 
 log = logging.getLogger(__name__)
@@ -55,42 +54,12 @@ Bind = Callable[[Offer, Export, int], Attachment]
 """Hands the kernel's ends of connections over, for an export with a block size in bytes."""
 
 
-def opened(
-    stack: ExitStack,
-    life: Life,
-    spec: ImageSpec,
-    cluster: ClusterOptions,
-    options: MapOptions,
-) -> RbdImage:
-    """Open the image; it is flushed and closed when the stack unwinds."""
-    opening = open_image(
-        spec,
-        cluster,
-        read_only=options.read_only,
-        say=lambda doing: daemon.notify(STATUS=doing),
-        exclusive=options.exclusive,
-        encryption=options.encryption,
-        polled=options.io_engine == "events",
-    )
-    image = life.during(lambda: stack.enter_context(opening))
-    if not image.read_only:
-        stack.callback(_flush, image)
-    return image
-
-
-def _flush(image: RbdImage) -> None:
-    try:
-        image.flush()
-    except OSError as error:
-        message = f"{image.spec} could not be flushed, the newest writes may be lost: {error}"
-        raise RbdnbdError(message, error.errno or 0) from error
-
-
 def live(
     stack: ExitStack,
     life: Life,
     fate: Fate,
     image: RbdImage,
+    trace: Trace | None,
     options: MapOptions,
     bind: Bind,
     ready: Ready,
@@ -106,7 +75,7 @@ def live(
     if options.no_trim:
         flags &= ~FLAG_SEND_TRIM
     export = Export(str(image.spec), image.size(), flags)
-    connect = stack.enter_context(engine(image))
+    connect = stack.enter_context(engine(image, trace))
     connections = stack.enter_context(Connections(connect, export, life.ended))
     daemon.notify(STATUS="attaching the device")
     block_size = options.block_size or (4096 if options.encryption else 512)
@@ -159,6 +128,8 @@ def _accompany(
 ) -> None:
     """Start what goes on beside the requests: size, snapshots, questions."""
     if options.quiesce_hook:
+        from rbdnbd.hook import quiescing
+
         stack.enter_context(quiescing(image, attachment.device, options.quiesce_hook))
 
     def resize_device(size: int) -> None:

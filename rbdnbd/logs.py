@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 from dataclasses import replace
-from logging.handlers import SysLogHandler, WatchedFileHandler
 from pathlib import Path
 from types import TracebackType
 
@@ -25,6 +24,8 @@ def log_to(file: str | None, cluster: ClusterOptions, name: str = "rbdnbd") -> C
     """
     handler: logging.Handler
     if file:
+        from logging.handlers import WatchedFileHandler
+
         path = os.path.abspath(file)
         try:
             handler = WatchedFileHandler(path)
@@ -34,7 +35,7 @@ def log_to(file: str | None, cluster: ClusterOptions, name: str = "rbdnbd") -> C
         cluster = replace(cluster, log_file=path)
         layout = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
     elif daemon.in_background():
-        handler = SysLogHandler("/dev/log") if Path("/dev/log").exists() else logging.NullHandler()
+        handler = _syslog()
         layout = f"{name}[%(process)d]: %(message)s"
     else:
         handler, layout = logging.StreamHandler(), f"{name}: %(message)s"
@@ -42,6 +43,14 @@ def log_to(file: str | None, cluster: ClusterOptions, name: str = "rbdnbd") -> C
     sys.excepthook = _log_unhandled
     threading.excepthook = lambda args: _log_unhandled(*args[:3])
     return cluster
+
+
+def _syslog() -> logging.Handler:
+    if not Path("/dev/log").exists():
+        return logging.NullHandler()
+    from logging.handlers import SysLogHandler
+
+    return SysLogHandler("/dev/log")
 
 
 def _log_unhandled(

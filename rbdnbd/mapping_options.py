@@ -49,7 +49,19 @@ def mapping_options(command: Command) -> Command:
             )
         return command(*args, options=options, **kwargs)
 
-    return with_options(_MAPPING_OPTIONS, wrapped)
+    return with_options(_MAPPING_OPTIONS, trace_options(wrapped))
+
+
+def trace_options(command: Command) -> Command:
+    """Add `trace`, the file for a trace or "", and `trace_data`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, trace: str, trace_data: bool, **kwargs: Any) -> Any:
+        if trace_data and not trace:
+            raise UsageError("--trace-data needs --trace FILE")
+        return command(*args, trace=trace, trace_data=trace_data, **kwargs)
+
+    return with_options(_TRACE_OPTIONS, wrapped)
 
 
 def map_only_options(command: Command) -> Command:
@@ -64,7 +76,7 @@ def process_options(command: Command) -> Command:
 
 _AS_THEY_ARE = frozenset(
     {"read_only", "exclusive", "no_trim", "io_timeout", "reattach_timeout", "cookie", "io_engine"}
-    | {"use_ioctl", "nbds_max", "max_part"}
+    | {"use_ioctl", "nbds_max", "max_part", "trace", "trace_data"}
 )
 
 ENGINE_OPTION = click.option(
@@ -135,6 +147,11 @@ _MAPPING_OPTIONS = (
         metavar="KEY=VALUE",
         help=f"A setting of the device's queue: {', '.join(SETTINGS)}.",
     ),
+)
+
+_TRACE_OPTIONS = (
+    text_option("--trace", metavar="FILE", help="Write down requests and replies, for nbd-trdump."),
+    click.option("--trace-data", is_flag=True, help="Write down the data of writes as well."),
 )
 
 _MAP_ONLY_OPTIONS = (

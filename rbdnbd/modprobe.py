@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import subprocess
 from typing import Final
 
 from rbdnbd.devices import NbdDevices
@@ -25,6 +24,8 @@ def load_driver(
     """
     if devices.driver_present():
         return False
+    import subprocess
+
     parameters = [f"max_part={MAX_PART if max_part is None else max_part}"]
     if nbds_max is not None:
         parameters.insert(0, f"nbds_max={nbds_max}")

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from rbdnbd.control import RUN_DIR
 from rbdnbd.devices import NbdDevices
-from rbdnbd.mapped import on_device, spec_of
-from rbdnbd.record import find, owned
 from rbdnbd.spec import ImageSpec
 
 log = logging.getLogger(__name__)
@@ -28,6 +26,9 @@ def properties(index: int, devices: NbdDevices, run_dir: Path = RUN_DIR) -> dict
 
     What the device holds is not read: its process may be gone, and a read would wait for another.
     """
+    from rbdnbd.mapped import on_device, spec_of
+    from rbdnbd.record import find, owned
+
     if devices.connected(index) is None:
         return None
     cookie = devices.backend(index)

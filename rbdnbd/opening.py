@@ -8,15 +8,15 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from rbdnbd.cluster import connect, one_io_thread, open_pool
-from rbdnbd.encryption import load_encryption
 from rbdnbd.errors import RbdnbdError, UsageError
 from rbdnbd.image import RbdImage
-from rbdnbd.polled import PolledImage
 from rbdnbd.spec import ClusterOptions, ImageSpec
 
 if TYPE_CHECKING:
     import rados
     import rbd
+
+    from rbdnbd.polled import PolledImage
 
 
 @contextmanager
@@ -55,6 +55,8 @@ def open_image(
             say(f"waiting for the exclusive lock of {spec}")
             opened.lock()
         if encryption:
+            from rbdnbd.encryption import load_encryption
+
             say(f"loading the encryption of {spec}")
             load_encryption(image, spec, encryption)
         yield opened
@@ -74,6 +76,8 @@ def _open(
     image: rbd.Image | PolledImage
     try:
         if polled:
+            from rbdnbd.polled import PolledImage
+
             image = PolledImage(spec, one_io_thread(client, options), read_only=read_only)
         else:
             image = rbd.Image(ioctx, spec.image, snapshot=spec.snap or None, read_only=read_only)

@@ -2,18 +2,16 @@
 
 Ceph's own options are taken where a user of rbd expects them. CEPH_CONF and CEPH_ARGS count as
 well: librados reads both, but for what it must know before it can be asked (the client's name and
-the path of ceph.conf), which is picked out of CEPH_ARGS here.
+the path of ceph.conf), which `ceph_args` picks out of CEPH_ARGS.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -40,7 +38,7 @@ def cluster_options(command: Command) -> Command:
     ) -> Any:
         if client_id and client_name:
             raise UsageError("use either --id or --name, not both")
-        early = _early_ceph_args()
+        early = _early_options()
         name = client_name or (f"client.{client_id}" if client_id else early.name)
         options = ClusterOptions(
             conf=conf or early.conf,
@@ -138,20 +136,11 @@ _IMAGE_OPTIONS = (
 )
 
 
-class _CephArgs(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"CEPH_ARGS: {message}")
+def _early_options() -> ClusterOptions:
+    """Return what CEPH_ARGS says that librados must be told before it reads the rest of it."""
+    text = os.environ.get("CEPH_ARGS", "")
+    if not text:
+        return ClusterOptions()
+    from rbdnbd.ceph_args import early
 
-
-def _early_ceph_args() -> argparse.Namespace:
-    """Pick out of CEPH_ARGS what is needed before librados reads the rest of it."""
-    parser = _CephArgs(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--conf", default="")
-    parser.add_argument("--cluster", default="")
-    parser.add_argument("-n", "--name", default="client.admin")
-    parser.add_argument("-i", "--id", dest="name", type="client.{}".format)
-    try:
-        words = shlex.split(os.environ.get("CEPH_ARGS", ""))
-    except ValueError as error:
-        raise UsageError(f"CEPH_ARGS: {error}") from error
-    return parser.parse_known_args(words)[0]
+    return early(text)

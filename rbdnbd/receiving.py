@@ -13,6 +13,7 @@ from abc import abstractmethod
 from typing import Final
 
 from rbdnbd.buffers import Replies
+from rbdnbd.distrust import REQUEST, Peer
 from rbdnbd.loop import Loop
 from rbdnbd.transmission import Transmission
 from rbdnbd.wire import (
@@ -60,6 +61,8 @@ class Receiving(Transmission):
         self._thrown_away = 0  # bytes that are still to come
         self._large = False
         self._deaf = False
+        self._requests = 0  # that were taken so far
+        self._starved = False
 
     @abstractmethod
     def _start(self, performance: Performance, now: float) -> None:
@@ -82,7 +85,22 @@ class Receiving(Transmission):
         """Go on with what was performed."""
 
     def _has_room(self) -> bool:
-        return len(self._performances) + self._replies.count < self._limit
+        room = len(self._performances) + self._replies.count < self._limit
+        return room and not self._starved
+
+    def _has_memory(self, request: Request) -> bool:
+        """Tell whether there is memory for a request; if not, none is taken for the time being."""
+        self._starved = self._peer is not None and not self._peer.take(request)
+        return not self._starved
+
+    def _note_request(self, peer: Peer) -> None:
+        """Note whether the client has begun a request and not ended it."""
+        left = self._thrown_away + (len(self._payload[1]) if self._payload else 0)
+        part = len(self._rest) if len(self._rest) < REQUEST_SIZE else 0
+        if (left or part) and not self._deaf:
+            peer.begin(REQUEST, left or REQUEST_SIZE, (self._requests, not left))
+        else:
+            peer.end(REQUEST)
 
     def _wants_more(self) -> bool:
         """Tell whether the socket is to be read: for the rest of a payload, or for a request."""
@@ -144,8 +162,13 @@ class Receiving(Transmission):
         position, end = 0, len(received)
         while end - position >= REQUEST_SIZE and self._has_room():
             request = parse_request(received, position)
+            if not self._has_memory(request):
+                break
             position += REQUEST_SIZE
+            self._requests += 1
             if request.type == CMD_DISC:
+                if self.trace:
+                    self.trace.request(request)
                 self._ended = self._deaf = True
                 break
             performance = Performance(self, request, now)

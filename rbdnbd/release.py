@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 RELEASE_LIMIT: Final = 30.0
 """Seconds for the last opener of a disconnected device to go."""
 POLL_INTERVAL: Final = 0.02
+"""Seconds, at the most: what is polled is looked at sooner at first."""
+_FIRST_INTERVAL: Final = 0.0005
 
 
 class Releaser:
@@ -139,10 +141,12 @@ class Releaser:
 def wait_until(condition: Callable[[], bool], limit: float) -> bool:
     """Poll until `condition` holds or `limit` seconds are over; return whether it holds."""
     deadline = time.monotonic() + limit
+    pause = _FIRST_INTERVAL
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL_INTERVAL)
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_INTERVAL)
     return True
 
 

@@ -24,6 +24,7 @@ import time
 from collections import deque
 from typing import Final
 
+from rbdnbd.distrust import REPLIES, REQUEST, cost
 from rbdnbd.stream import receive, send, throw_away
 from rbdnbd.transmission import (
     WORKERS,
@@ -86,6 +87,7 @@ class Connection(Transmission):
         self._unsent: deque[Performance] = deque()
         self._turn = threading.Lock()
         self._sending = threading.Lock()
+        self._changed = threading.Event()
 
     def serve(self) -> str:
         """Serve until the client leaves or `stop` is called, and every request read is answered.
@@ -100,6 +102,8 @@ class Connection(Transmission):
                 worker.join()
         finally:
             self._sock.close()
+            if self._peer:
+                self._peer.leave()
         return self._reason
 
     def in_flight(self) -> list[tuple[Request, float]]:
@@ -108,6 +112,9 @@ class Connection(Transmission):
 
     def _owes(self) -> bool:
         return bool(self._in_flight)
+
+    def _look_up(self) -> None:
+        self._changed.set()
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
@@ -130,8 +137,13 @@ class Connection(Transmission):
                 return None
             performance = None
             try:
-                request = parse_request(receive(self._sock, REQUEST_SIZE))
+                request = parse_request(self._header())
                 if request.type == CMD_DISC:
+                    if self.trace:
+                        self.trace.request(request)
+                    self._ended = True
+                    return None
+                if not self._has_memory(request):
                     self._ended = True
                     return None
                 performance = Performance(request, time.monotonic())
@@ -142,12 +154,36 @@ class Connection(Transmission):
                     del self._in_flight[performance]
                 self._end(error)
                 return None
+            if self.trace:
+                self.trace.request(request, payload)
             self._busy.add(threading.get_ident())
             if len(self._busy) == len(self._workers) < self._limit:
                 self._add_worker()
             return performance, payload
 
+    def _header(self) -> bytes:
+        """Wait for the next request; it has begun with its first byte."""
+        if self._peer is None:
+            return receive(self._sock, REQUEST_SIZE)
+        header = self._sock.recv(REQUEST_SIZE)
+        if 0 < len(header) < REQUEST_SIZE:
+            self._peer.begin(REQUEST, REQUEST_SIZE)
+            header = receive(self._sock, REQUEST_SIZE, header)
+            self._peer.end(REQUEST)
+        return header or receive(self._sock, REQUEST_SIZE)
+
+    def _has_memory(self, request: Request) -> bool:
+        """Wait until there is memory for a request; False if the connection ends before."""
+        while self._peer and not self._peer.take(request):
+            self._changed.wait()
+            self._changed.clear()
+            if self._ended:
+                return False
+        return True
+
     def _add_worker(self) -> None:
+        if self._peer and not self._peer.take_worker():
+            return
         worker = threading.Thread(target=self._work, name=f"nbd-{len(self._workers)}", daemon=True)
         try:
             worker.start()
@@ -159,10 +195,16 @@ class Connection(Transmission):
 
     def _payload(self, request: Request) -> bytes:
         """Read a WRITE's payload; one that is too long to be taken is read and thrown away."""
-        if request.length <= MAX_PAYLOAD:
-            return receive(self._sock, request.length) if request.length else b""
-        throw_away(self._sock, request.length)
-        return b""
+        payload = b""
+        if self._peer:
+            self._peer.begin(REQUEST, request.length)
+        if request.length > MAX_PAYLOAD:
+            throw_away(self._sock, request.length)
+        elif request.length:
+            payload = receive(self._sock, request.length)
+        if self._peer:
+            self._peer.end(REQUEST)
+        return payload
 
     def _perform(self, request: Request, payload: bytes) -> tuple[int, bytes]:
         """Do what a valid request asks for; return its NBD error, 0 for none, and data to send."""
@@ -193,9 +235,14 @@ class Connection(Transmission):
         """Send replies whole, and count them."""
         pieces = []
         for each in ready:
-            pieces.append(simple_reply(each.request.cookie, each.error))
+            header = simple_reply(each.request.cookie, each.error)
+            if self.trace:
+                self.trace.reply(header)
+            pieces.append(header)
             if each.data:
                 pieces.append(each.data)
+        if self._peer:
+            self._peer.begin(REPLIES, sum(map(len, pieces)))
         try:
             send(self._sock, pieces)
         except OSError as failure:
@@ -206,6 +253,9 @@ class Connection(Transmission):
             request = each.request
             self.stats.record(request.type, request.length, now - each.started, each.error)
             del self._in_flight[each]
+        if self._peer:
+            self._peer.end(REPLIES)
+            self._peer.give_back(sum(cost(each.request) for each in ready))
 
 
 def threads(image: Image, *, workers: int = WORKERS) -> Engine:

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
 from rbdnbd.engines import engine
+from rbdnbd.holdings import opened
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
-from rbdnbd.live import await_end, opened
+from rbdnbd.live import await_end
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 from rbdnbd.wire import Export, transmission_flags
 
@@ -34,11 +35,11 @@ def run_server(
     """
     life = Life()
     with ExitStack() as stack:
-        image = opened(stack, life, spec, cluster, options)
+        image, trace = opened(stack, life, spec, cluster, options)
         flags = transmission_flags(read_only=image.read_only, multi_conn=True)
         export = Export(str(image.spec), image.size(), flags)
         sock = stack.enter_context(listen())
-        connect = stack.enter_context(engine(image))
+        connect = stack.enter_context(engine(image, trace))
         listener = Listener(sock, image, export, connect)
         listener.start()
         stack.callback(listener.stop, DRAIN_SECONDS)

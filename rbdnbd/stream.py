@@ -8,15 +8,15 @@ from typing import Final
 _THROWN_AWAY_AT_ONCE: Final = 1 << 20
 
 
-def receive(sock: socket.socket, length: int) -> bytes:
-    """Read exactly `length` bytes; without a copy if they arrive in one piece.
+def receive(sock: socket.socket, length: int, begun: bytes = b"") -> bytes:
+    """Read exactly `length` bytes, `begun` among them; without a copy if they arrive in one piece.
 
     Raises EOFError if the peer hangs up before, and `OSError`.
     """
-    data = sock.recv(length, socket.MSG_WAITALL)
+    data = sock.recv(length - len(begun), socket.MSG_WAITALL)
     if len(data) == length:
         return data
-    received = bytearray(data)
+    received = bytearray(begun + data)
     while len(received) < length:
         if not data:
             raise EOFError("the peer hung up" + (" in mid-request" if received else ""))

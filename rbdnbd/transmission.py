@@ -17,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
 
+from rbdnbd.distrust import Distrust, Peer
 from rbdnbd.stats import Stats
+from rbdnbd.trace import Trace
 from rbdnbd.wire import Export, Request, nbd_error
 
 log = logging.getLogger(__name__)
@@ -60,10 +62,23 @@ class Transmission(ABC):
     def __init__(self, sock: socket.socket, export: Export) -> None:
         self.stats = Stats()
         self.export = export
+        self.trace: Trace | None = None
+        """Told of every request and every reply; set before `serve`."""
         self._sock = sock
         self._ended = False
         self._reason = ""
         self._lost = False
+        self._peer: Peer | None = None
+
+    def distrust(self, distrust: Distrust) -> None:
+        """Hold the client to limits, which the kernel's own end has none of; before `serve`."""
+        self._peer = distrust.peer(self._look_up)
+
+    def hang_up_if_overdue(self, now: float) -> None:
+        """Abort the connection of a client that has not ended in time what it began."""
+        if self._peer and (what := self._peer.overdue(now)):
+            self._end(TimeoutError(f"it has not ended in time {what}"))
+            self.abort()
 
     @abstractmethod
     def serve(self) -> str:
@@ -132,6 +147,17 @@ class Transmission(ABC):
 
 Engine = Callable[[socket.socket, Export], Transmission]
 """Makes what serves a client on a connected socket, for an image that it knows."""
+
+
+def traced(engine: Engine, trace: Trace | None) -> Engine:
+    """Return an engine whose connections write a trace."""
+
+    def connect(sock: socket.socket, export: Export) -> Transmission:
+        connection = engine(sock, export)
+        connection.trace = trace
+        return connection
+
+    return connect
 
 
 def failure(request: Request, error: Exception) -> int:

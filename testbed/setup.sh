@@ -13,7 +13,7 @@ demo_packages="python3 python3-venv python3-rados python3-rbd
     ceph-common ceph-mon ceph-osd iproute2 e2fsprogs
     qemu-system-x86 busybox-static kmod util-linux"
 test_packages="$demo_packages
-    file fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client
+    file fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client nbd-server
     xfsprogs fdisk debootstrap systemd udev procps rbd-nbd"
 bench_packages="$demo_packages gcc libc6-dev fio qemu-utils qemu-block-extra rbd-nbd"
 

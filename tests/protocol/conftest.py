@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from rbdnbd.listener import Listener, listen_tcp, listen_unix, uri
-from rbdnbd.transmission import WORKERS
+from rbdnbd.addresses import listen_tcp, listen_unix, uri
+from rbdnbd.listener import Listener
+from rbdnbd.trace import Trace
+from rbdnbd.transmission import WORKERS, traced
 from tests.support.client import RawClient
 from tests.support.memory import MemoryImage
 from tests.support.polled import ENGINES, engine
@@ -73,9 +75,15 @@ def unix(serve: Callable[..., Door], image: MemoryImage) -> Door:
 def connect(stack: ExitStack, engine_name: str) -> Callable[..., Pair]:
     """Serve one connection of an image over a socketpair."""
 
-    def connect(image: MemoryImage, *, read_only: bool = False, workers: int = WORKERS) -> Pair:
+    def connect(
+        image: MemoryImage,
+        *,
+        read_only: bool = False,
+        workers: int = WORKERS,
+        trace: Trace | None = None,
+    ) -> Pair:
         ours, theirs = socket.socketpair()
-        connect = stack.enter_context(engine(engine_name, image, workers))
+        connect = traced(stack.enter_context(engine(engine_name, image, workers)), trace)
         connection = connect(ours, export_of(image, read_only=read_only))
         pair = Pair(connection, stack.enter_context(RawClient(theirs)))
         stack.callback(pair.ended)

@@ -15,9 +15,10 @@ from pathlib import Path
 import nbd
 import pytest
 
+from rbdnbd.addresses import listen_tcp, listen_unix, parse_address, uri
 from rbdnbd.errors import RbdnbdError, UsageError
 from rbdnbd.handshake import Conversation
-from rbdnbd.listener import Listener, converse, listen_tcp, listen_unix, parse_address, uri
+from rbdnbd.listener import Listener, converse
 from rbdnbd.server import threads
 from tests.support.client import DISC, FLUSH, OPT_GO, READ, WRITE, RawClient
 from tests.support.memory import Gate, MemoryImage, failing

@@ -253,6 +253,17 @@ def test_a_write_with_fua_is_answered_after_its_flush(client, image):
     assert client.reply() == (slow, 0, b"")
 
 
+def test_a_write_with_fua_is_flushed_though_the_image_has_shrunk_since_it_was_taken(pair, image):
+    """Seen to fail with a loop that validated the flush of FUA like a request: it was ENOSPC."""
+    gate = image.hook = Gate("write")
+    pair.client.request(WRITE, MIB, flags=FUA, payload=b"data")
+    wait_until(lambda: gate.waiting, 5, "the write")
+    pair.connection.resize(MIB)
+    gate.open()
+    assert pair.client.reply()[1] == 0
+    assert image.calls == ["write", "flush"]
+
+
 def test_a_flush_is_done_after_every_write_that_was_answered_before(client, image):
     for offset in range(0, 64 * KIB, 4 * KIB):
         client.write(offset, b"x" * 4 * KIB)

@@ -10,9 +10,12 @@ from bench.candidates import parsed
 from bench.cells import CELLS, Cell, chosen
 from bench.figures import Sample, geometric_mean, median, ratio, turns
 from bench.fio import options, sample_of
+from bench.parts import measure
 from bench.report import BEGIN, END, between_marks
+from bench.results import Results, provenance
 from bench.table import figure_table, has, number, table
 from bench.targets import EVENTS, Target, doubt, kernel_ratio, targets
+from testbed.processes import Unavailable, silent
 
 
 def sample(iops=100.0, p50_us=1.0, p99_us=1.0, cpu_us=10.0, rss_kib=0, threads=0):
@@ -197,3 +200,73 @@ def test_the_latency_of_a_flushed_write_in_fio_is_the_write_s_and_the_flush_s():
     job = {"write": way | {"lat_ns": lat}, "read": {"total_ios": 0}}
     job["sync"] = {"total_ios": 1, "lat_ns": {"percentile": {"50.000000": 500, "99.000000": 500}}}
     assert (sample_of(job).p50_us, sample_of(job).p99_us) == (1.5, 2.5)
+
+
+def run(began="2026-01-01 12:00", processor="one"):
+    how = {"rounds": 6, "seconds": 1.0, "kernel_rounds": 5}
+    return {"began": began, "machine": {"processor": processor}} | how
+
+
+def unavailable():
+    raise Unavailable("the VM was lost")
+
+
+def test_a_part_that_fails_does_not_lose_the_others(tmp_path):
+    """Seen to fail with a part's Unavailable let through, and with all kept at the end."""
+    path = tmp_path / "results.json"
+    parts = {
+        "a": lambda: 1,
+        "b": unavailable,
+        "c": lambda: 1 / 0,
+        "d": lambda: Results(path).runs(),
+    }
+    failures = measure("abcd", parts, Results(path), run(), silent)
+    assert failures.keys() == {"b", "c"}
+    assert failures["b"] == "the VM was lost"
+    assert Results(path).figures() == {"a": 1, "d": {"a": run()}}
+
+
+def test_parts_that_are_measured_later_join_those_of_an_earlier_run(tmp_path):
+    """Seen to fail with a file that only has the parts of the last run."""
+    path = tmp_path / "results.json"
+    measure("ab", {"a": lambda: 1, "b": lambda: 2}, Results(path), run(), silent)
+    measure("b", {"b": lambda: 3}, Results(path), run("2026-01-02 12:00"), silent)
+    assert Results(path).figures() == {"a": 1, "b": 3}
+    assert {part: each["began"] for part, each in Results(path).runs().items()} == {
+        "a": "2026-01-01 12:00",
+        "b": "2026-01-02 12:00",
+    }
+
+
+@pytest.mark.parametrize(
+    ("runs", "complete"),
+    [
+        ({"a": run()}, False),
+        ({"a": run(), "b": run("2026-01-02 12:00")}, True),
+        ({"a": run(), "b": run(processor="another")}, False),
+    ],
+)
+def test_results_are_complete_with_all_parts_of_one_machine(tmp_path, runs, complete):
+    """Seen to fail with machines that are not compared."""
+    results = Results(tmp_path / "results.json")
+    for part, each in runs.items():
+        results.keep(part, each, 1)
+    assert results.complete("ab") is complete
+
+
+def test_a_file_that_holds_something_else_is_refused(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"native": {}}')
+    with pytest.raises(ValueError, match="no results of this version"):
+        Results(path)
+
+
+def test_the_page_says_if_parts_come_from_different_runs():
+    """Seen to fail with the first part's run said of all."""
+    assert provenance({"a": run(), "b": run()}) == (
+        "Measured on: processor one. All in one run: 2026-01-01 12:00,"
+        " 6 rounds of 1 s a cell, 5 rounds through the kernel."
+    )
+    text = provenance({"a": run(), "b": run("2026-01-02 12:00"), "c": run()})
+    assert "different runs. a, c: 2026-01-01 12:00, 6 rounds" in text
+    assert "kernel. b: 2026-01-02 12:00, 6 rounds" in text

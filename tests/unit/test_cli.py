@@ -128,6 +128,8 @@ def is_one_sentence(err: str) -> bool:
         ["serve", "rbd/vol", "--socket", "s", "--listen", ":1"],
         ["serve", "rbd/vol", "--listen", "localhost:port"],
         ["serve", "--socket", "s"],
+        ["serve", "rbd/vol", "--socket", "s", "--trace-data"],
+        ["map", "rbd/vol", "--trace-data"],
     ],
     ids=" ".join,
 )
@@ -160,6 +162,14 @@ def test_a_log_file_that_cannot_be_written_is_named(run, tmp_path):
         "",
         f"rbdnbd: cannot write to the log file {path}: No such file or directory\n",
     )
+
+
+def test_a_trace_that_cannot_be_written_is_named_before_a_cluster_is_looked_for(tmp_path):
+    """Seen to fail with a trace that is opened after the image."""
+    path, nowhere = tmp_path / "none" / "trace", tmp_path / "ceph.conf"
+    done = process("serve", "rbd/vol", "--socket", "s", "--trace", str(path), "-c", str(nowhere))
+    said = f"rbdnbd: cannot write the trace {path}: No such file or directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 @pytest.mark.parametrize(
@@ -312,9 +322,8 @@ def test_a_full_disk_is_one_sentence():
     assert is_one_sentence(done.stderr)
 
 
-def test_why_a_background_process_ended_is_in_its_log(caplog, monkeypatch, tmp_path):
-    monkeypatch.setenv("RBDNBD_BACKGROUND", "1")
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+def test_why_a_background_process_ended_is_in_its_log(caplog, monkeypatch):
+    monkeypatch.setenv("RBDNBD_BACKGROUND", "")  # its parent has heard that it is ready
     with pytest.raises(SystemExit):
         cli._fail("rbd/vol could not be flushed, the newest writes may be lost", 1, 5)
     assert "rbd/vol could not be flushed, the newest writes may be lost" in caplog.text

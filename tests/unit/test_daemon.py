@@ -1,8 +1,4 @@
-"""Starting in the background, with real children.
-
-The child is a package `rbdnbd` that PYTHONPATH puts before ours: it runs the script that it is
-given, in which `daemon` is the real one.
-"""
+"""Starting in the background, with real children, which run the script that they are given."""
 
 from __future__ import annotations
 
@@ -13,16 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-import rbdnbd
-from rbdnbd import daemon
+from rbdnbd import background, daemon
 from rbdnbd.errors import RbdnbdError
 from tests.support.waiting import wait_until
 
@@ -33,32 +28,17 @@ from rbdnbd.errors import RbdnbdError
 
 exec(sys.argv[1])
 """
-
-pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+PROGRAM = ("-c", MAIN)
 
 
 @pytest.fixture(autouse=True)
-def scripts_for_children(tmp_path, monkeypatch):
-    package = tmp_path / "path" / "rbdnbd"
-    package.mkdir(parents=True)
-    real = str(Path(rbdnbd.__file__).parent)
-    (package / "__init__.py").write_text(f"__path__.append({real!r})\n")
-    (package / "__main__.py").write_text(MAIN)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+def nobody_waits_for_us(monkeypatch):
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-
-
-@pytest.fixture
-def temporary(tmp_path_factory, monkeypatch) -> Path:
-    """A temporary directory of its own, to see what is left there."""
-    directory = tmp_path_factory.mktemp("tmp")
-    monkeypatch.setattr(tempfile, "tempdir", str(directory))
-    return directory
 
 
 def start(script: str, seconds: float = 20.0) -> tuple[dict[str, str], list[str]]:
     said: list[str] = []
-    return daemon.start([script], said.append, seconds), said
+    return background.start([script], said.append, seconds, PROGRAM), said
 
 
 def refusal(script: str, seconds: float = 20.0) -> RbdnbdError:
@@ -127,7 +107,8 @@ def test_a_child_that_is_ready_holds_on_to_nothing_of_its_parent(pid_file):
 
 def test_a_caller_that_reads_to_the_end_gets_there_while_the_child_lives(pid_file):
     child = f"{writes(pid_file)}daemon.ready(STDIN=os.readlink('/proc/self/fd/0'))\ntime.sleep(60)"
-    parent = f"from rbdnbd import daemon\nprint(daemon.start([{child!r}], print)['STDIN'])"
+    started = f"background.start([{child!r}], print, 20, {PROGRAM!r})"
+    parent = f"from rbdnbd import background\nprint({started}['STDIN'])"
     done = subprocess.run(
         [sys.executable, "-P", "-c", parent],
         input=b"for the parent alone",
@@ -151,7 +132,7 @@ def test_a_child_that_fails_is_quoted_with_its_errno():
 def test_a_child_that_fails_and_is_gone_at_once_is_quoted_all_the_same(
     monkeypatch, tmp_path, pid_file
 ):
-    monkeypatch.setattr(daemon, "_SAY_EVERY", 0.05)
+    monkeypatch.setattr(background, "_SAY_EVERY", 0.05)
     go = tmp_path / "go"
     script = (
         f"{writes(pid_file)}while not os.path.exists({str(go)!r}): time.sleep(0.02)\n"
@@ -164,7 +145,7 @@ def test_a_child_that_fails_and_is_gone_at_once_is_quoted_all_the_same(
         wait_until(lambda: "State:\tZ" in status.read_text(), 20, "the end of the child")
 
     with pytest.raises(RbdnbdError, match="pool x does not exist"):
-        daemon.start([script], let_it_end, 20)
+        background.start([script], let_it_end, 20, PROGRAM)
 
 
 def test_a_reason_of_two_lines_is_told_in_one():
@@ -186,18 +167,19 @@ def test_a_child_that_ends_without_a_word_is_told_by_how_it_ended(script, messag
     assert refusal(script).message == message
 
 
-def test_the_words_that_are_passed_on_are_a_command_line_of_rbdnbd(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(rbdnbd.__file__).parents[1]))
+def test_the_words_that_are_passed_on_are_a_command_line_of_rbdnbd():
+    """Seen to fail with the child's exit status left out."""
     with pytest.raises(RbdnbdError) as refused:
-        daemon.start(["list-mapped", "--format", "xml"], print, 20)
+        background.start(["list-mapped", "--format", "xml"], print, 20)
     assert "'xml' is not one of" in refused.value.message
+    assert refused.value.exit_status == 2
 
 
 def test_a_child_that_is_not_ready_in_time_is_ended_even_if_it_does_not_want_to(
     monkeypatch, pid_file
 ):
-    monkeypatch.setattr(daemon, "_SAY_EVERY", 0.1)
-    monkeypatch.setattr(daemon, "_END_SECONDS", 0.2)
+    monkeypatch.setattr(background, "_SAY_EVERY", 0.1)
+    monkeypatch.setattr(background, "_END_SECONDS", 0.2)
     script = (
         f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{writes(pid_file)}"
         "daemon.notify(STATUS='opening vol')\ntime.sleep(60)"
@@ -207,7 +189,7 @@ def test_a_child_that_is_not_ready_in_time_is_ended_even_if_it_does_not_want_to(
 
 
 def test_what_takes_long_is_said_again_and_again(monkeypatch, pid_file):
-    monkeypatch.setattr(daemon, "_SAY_EVERY", 0.05)
+    monkeypatch.setattr(background, "_SAY_EVERY", 0.05)
     script = f"{writes(pid_file)}daemon.notify(STATUS='opening vol')\ntime.sleep(0.5)\n{LIVES}"
     _, said = start(script)
     opening = [line for line in said if re.fullmatch(r"still opening vol \(\d+ s\)", line)]
@@ -238,13 +220,24 @@ def test_an_interrupted_parent_lets_its_child_end_in_its_own_way(tmp_path, pid_f
     assert undone.exists()
 
 
-def test_nothing_is_left_in_the_temporary_directory(temporary, pid_file):
+def test_a_parent_is_left_with_no_descriptor_more(pid_file):
+    """Seen to fail with the pidfd left open."""
+    before = os.listdir("/proc/self/fd")
     start(writes(pid_file) + LIVES)
     refusal("sys.exit(1)")
-    assert list(temporary.iterdir()) == []
+    assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_child_whose_parent_is_gone_learns_that_nobody_waits(tmp_path, temporary):
+def test_a_descriptor_that_the_parent_was_left_does_not_go_on_to_the_child(tmp_path, pid_file):
+    """A lock that a shell's script holds by it would last. Seen to fail with all left as it is."""
+    with open(tmp_path / "lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        start(writes(pid_file) + LIVES)
+    links = [os.readlink(each) for each in Path(f"/proc/{written(pid_file)}/fd").iterdir()]
+    assert not [link for link in links if link.endswith("/lock")]
+
+
+def test_a_child_whose_parent_is_gone_learns_that_nobody_waits(tmp_path):
     report = tmp_path / "report"
     child = f"""
 while os.getppid() == {{parent}}:
@@ -256,22 +249,21 @@ except RbdnbdError as error:
 """
     parent = f"""
 import os, threading
-from rbdnbd import daemon
+from rbdnbd import background
 def die():
     os._exit(9)
 threading.Timer(0.2, die).start()
-daemon.start([{child!r}.format(parent=os.getpid())], print)
+background.start([{child!r}.format(parent=os.getpid())], print, 20, {PROGRAM!r})
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", parent],
-        env=os.environ | {"TMPDIR": str(temporary)},
         timeout=30,
         check=False,
     )
     assert done.returncode == 9
     wait_until(lambda: report.exists() and report.read_text().endswith("."), 20, "a report")
     assert report.read_text() == (
-        "nobody waits for this process to be ready any more: Connection refused."
+        "nobody waits for this process to be ready any more: Broken pipe."
     )
 
 
@@ -279,6 +271,16 @@ def test_a_child_knows_that_it_is_in_the_background(pid_file):
     assert not daemon.in_background()
     script = f"{writes(pid_file)}daemon.ready(IS=daemon.in_background())\ntime.sleep(60)"
     assert start(script)[0]["IS"] == "True"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe as a parent's: where it is read, and where it is written."""
+    reading, writing = os.pipe2(os.O_DIRECT)
+    yield reading, writing
+    for descriptor in (reading, writing):
+        with suppress(OSError):  # a test has closed it
+            os.close(descriptor)
 
 
 @pytest.fixture
@@ -319,19 +321,33 @@ def test_a_failure_is_notified_on_one_line_and_a_person_in_the_foreground_told_a
     sock, path = listening
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     assert not daemon.failed("one\ntwo", errno.ENOENT)
-    assert sock.recv(4096) == b"ERRNO=2\nSTATUS=one two"
+    assert sock.recv(4096) == b"ERRNO=2\nX_RBDNBD_EXIT_STATUS=1\nSTATUS=one two"
 
 
-def test_a_failure_that_a_parent_waits_for_is_told_by_that_one(monkeypatch, listening):
-    monkeypatch.setenv("NOTIFY_SOCKET", listening[1])
-    monkeypatch.setenv("RBDNBD_BACKGROUND", "1")
+def test_a_failure_that_a_parent_waits_for_is_told_by_that_one(monkeypatch, pipe):
+    reading, writing = pipe
+    monkeypatch.setenv("RBDNBD_BACKGROUND", str(writing))
     assert daemon.failed("no", 1)
+    assert os.read(reading, 4096) == b"ERRNO=1\nX_RBDNBD_EXIT_STATUS=1\nSTATUS=no"
 
 
-def test_a_failure_that_no_parent_waits_for_any_more_is_told_here(monkeypatch, tmp_path):
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
-    monkeypatch.setenv("RBDNBD_BACKGROUND", "1")
+def test_a_failure_that_no_parent_waits_for_any_more_is_told_here(monkeypatch, pipe):
+    reading, writing = pipe
+    monkeypatch.setenv("RBDNBD_BACKGROUND", str(writing))
+    os.close(reading)
     assert not daemon.failed("no", 1)
+
+
+def test_whoever_is_ready_writes_to_no_pipe_any_more(pid_file, tmp_path):
+    """Its number may be a socket's by then. Seen to fail with the number kept."""
+    file, told = tmp_path / "file", tmp_path / "told"
+    script = (
+        f"{writes(pid_file)}daemon.ready()\nopened = os.open({str(file)!r}, 0o101)\n"
+        f"daemon.notify(STOPPING=1)\nopen({str(told)!r}, 'w').write(str(opened))\ntime.sleep(60)"
+    )
+    start(script)
+    wait_until(lambda: told.exists() and told.read_text(), 20, "the end of the script")
+    assert (told.read_text(), file.read_bytes()) == ("3", b"")
 
 
 def test_readiness_that_nobody_waits_for_is_an_error(monkeypatch, tmp_path):
@@ -383,3 +399,12 @@ def test_a_name_with_a_line_break_does_not_forge_a_field(pid_file):
         f"{writes(pid_file)}{LIVES}"
     )
     assert start(script)[0]["X_RBDNBD_DEVICE"] == "/dev/nbd7"
+
+
+def test_a_parent_that_ignores_the_end_of_children_is_told_of_it_all_the_same():
+    """Whoever starts us may ignore SIGCHLD. Seen to fail with waitpid's error let out."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert refusal("sys.exit(3)").message == "the process ended while starting"
+    finally:
+        signal.signal(signal.SIGCHLD, before)

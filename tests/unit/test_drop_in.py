@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import rbdnbd
-from rbdnbd import daemon, drop_in, logs, mapped, mapping
+from rbdnbd import attaching, background, drop_in, logs, mapped
 from rbdnbd.devices import NbdDevices
 from rbdnbd.drop_in_args import _FLAGS, _VALUES, QUIESCE_HOOK, Request, parse
 from rbdnbd.errors import (
@@ -38,7 +38,7 @@ class Done(NamedTuple):
 
 class Started(NamedTuple):
     words: list[str]
-    module: str
+    program: tuple[str, ...]
 
 
 def knows_one(words: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], list[str]]:
@@ -81,11 +81,11 @@ def started(monkeypatch) -> list[Started]:
     """Have a background process be ready at once; returns what was started."""
     starts: list[Started] = []
 
-    def start(words, say, seconds=0.0, module=""):
-        starts.append(Started(list(words), module))
+    def start(words, say, seconds=0.0, program=()):
+        starts.append(Started(list(words), program))
         return LIVE
 
-    monkeypatch.setattr(daemon, "start", start)
+    monkeypatch.setattr(background, "start", start)
     monkeypatch.setattr(drop_in.signal, "signal", lambda *_: None)
     return starts
 
@@ -339,7 +339,7 @@ def test_the_version_without_ceph_is_our_own(tmp_path):
 def test_the_device_is_printed_and_nothing_else(run, started, command, option, printed):
     words = [command, "rbd/img", "--device=/dev/nbd3", option, "--cookie", "C 1"]
     assert run(*words) == (0, printed, "")
-    assert started == [Started(words, "rbdnbd.drop_in")]
+    assert started == [Started(words, ("-m", "rbdnbd.drop_in"))]
 
 
 def test_the_deprecated_timeout_is_warned_of_on_a_line_of_its_own(run, started):
@@ -419,7 +419,7 @@ def test_d_has_librados_log_to_stderr():
 
 
 def test_the_child_warns_of_nothing_and_prints_nothing_itself():
-    done = process("-c", SERVE, "map", "rbd/img", "--timeout=1", RBDNBD_BACKGROUND="1")
+    done = process("-c", SERVE, "map", "rbd/img", "--timeout=1", RBDNBD_BACKGROUND="")
     assert (done.status, done.out, done.err) == (0, "rbd-nbd rbd/img ()\n", "")
 
 
@@ -444,7 +444,7 @@ def test_a_device_that_is_not_waiting_for_us_is_not_attached(
     monkeypatch.setattr(NbdDevices, "backend", lambda self, index: backend)
     document = {"id": 77} if living else None
     monkeypatch.setattr(mapped, "on_device", lambda index, devices: document)
-    monkeypatch.setattr(mapping, "run_attach", lambda *_: pytest.fail("attached"))
+    monkeypatch.setattr(attaching, "run_attach", lambda *_: pytest.fail("attached"))
     monkeypatch.setattr(drop_in.Path, "write_text", lambda *_: 0)
     monkeypatch.setattr(logs, "log_to", lambda file, cluster, name: cluster)
     done = run("attach", "rbd/img", "--device", "/dev/nbd0", "-f", *words.split())
