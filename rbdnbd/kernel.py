@@ -9,7 +9,7 @@ A device that was attached by netlink outlives its server: to leave it, close th
 the socket and do not call `disconnect`. What is asked of it then waits for `reattach`, as long as
 the reattach timeout allows, and fails with EIO afterwards; the device stays, and can even then be
 attached again or released. What the server had been sent and had not answered waits for a timer
-(`blockqueue.expect_successor`) that finds a successor, or for a disconnect, which fails it.
+(`blockqueue.SUCCESSOR_MILLISECONDS`) that finds a successor, or for a disconnect, which fails it.
 """
 
 from __future__ import annotations
