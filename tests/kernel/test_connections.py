@@ -84,7 +84,7 @@ def test_four_connections_outlive_a_kill_9_and_a_replacement_under_io(
         os.kill(process_of(rbdnbd, device), signal.SIGKILL)
         before = reconnected(device)
         succeed(rbdnbd("attach", "--device", device))
-        assert reconnected(device) - before == 4
+        assert reconnected(device) - before >= 4
         assert (disk / "queue/io_timeout").read_text() == "30000\n"
         goes_on(device)
         (mapping,) = json.loads(succeed(rbdnbd("list-mapped", "--format", "json")))
