@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import select
 import socket
 import threading
 import time
@@ -71,6 +72,7 @@ class Transmission(ABC):
         self._reason = ""
         self._said: dict[int, float] = {}
         self._saying = threading.Lock()
+        self._lost = False
         self._peer: Peer | None = None
 
     def distrust(self, distrust: Distrust) -> None:
@@ -123,6 +125,17 @@ class Transmission(ABC):
         """Tell whether no further request will be read."""
         return self._ended
 
+    def hung_up(self) -> bool:
+        """Tell whether the peer has hung up, even if what it sent before is not read yet."""
+        if self._lost:
+            return True
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except ValueError:  # closed by us
+            return False
+
     @abstractmethod
     def _owes(self) -> bool:
         """Tell whether a reply has yet to be sent."""
@@ -163,6 +176,7 @@ class Transmission(ABC):
         if not self._ended:
             self._ended = True
             self._reason = str(error)
+            self._lost = isinstance(error, EOFError | ConnectionError)
 
 
 Engine = Callable[[socket.socket, Export], Transmission]

@@ -62,6 +62,19 @@ def rbd(ceph_conf: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
+def ceph(ceph_conf: Path) -> Callable[..., str]:
+    """Run Ceph's own ceph command on the cluster and return what it prints."""
+
+    def run(*arguments: str) -> str:
+        argv = ["ceph", "--conf", str(ceph_conf), *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"ceph {' '.join(arguments)}: {done.stderr}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
 def image(rbd: Callable[..., str]) -> Iterator[Callable[..., str]]:
     """Make images with names of their own, `image("64M", "--object-size", "1M")`.
 
@@ -88,7 +101,7 @@ _NUMBERS = itertools.count()
 
 
 @pytest.fixture
-def evict(ceph_conf: Path, rbd: Callable[..., str]) -> Callable[[str], None]:
+def evict(ceph: Callable[..., str], rbd: Callable[..., str]) -> Callable[[str], None]:
     """Blocklist the watchers of an image, whose processes were killed, so that it can be removed.
 
     They would go by themselves after 30 seconds.
@@ -96,8 +109,7 @@ def evict(ceph_conf: Path, rbd: Callable[..., str]) -> Callable[[str], None]:
 
     def evict(spec: str) -> None:
         for watcher in json.loads(rbd("status", "--format", "json", spec))["watchers"]:
-            argv = ["ceph", "--conf", str(ceph_conf), "osd", "blocklist", "add", watcher["address"]]
-            subprocess.run(argv, check=True, capture_output=True)
+            ceph("osd", "blocklist", "add", watcher["address"])
         status = ("status", "--format", "json", spec)
         wait_until(lambda: not json.loads(rbd(*status))["watchers"], 40, "the watchers are gone")
 
