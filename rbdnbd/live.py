@@ -72,11 +72,7 @@ def live(
 
     `new` is false for a device that is in use already.
     """
-    several = options.connections > 1
-    flags = transmission_flags(read_only=image.read_only, multi_conn=several)
-    if options.no_trim:
-        flags &= ~FLAG_SEND_TRIM
-    export = Export(str(image.spec), image.size(), flags)
+    export = _export(image, options)
     connect = stack.enter_context(engine(image, trace))
     connections = stack.enter_context(Connections(connect, export, life.ended))
     daemon.notify(STATUS="attaching the device")
@@ -86,7 +82,7 @@ def live(
     stack.callback(leave_if_gone, image, fate)
     stack.callback(_let_go, attachment, connections, options, fate, image)
     stack.enter_context(watching(image, lambda: life.ended(image.gone)))
-    connections.attached(attachment.replace if several else None)
+    connections.attached(attachment.replace if options.connections > 1 else None)
     _set_queue(image, attachment, options, new=new)
     _set_timer(attachment, options)
     _accompany(stack, image, connections, attachment, options, block_size)
@@ -98,6 +94,15 @@ def live(
         and attachment.method == "netlink"
         and options.reattach_timeout > 0
     )
+
+
+def _export(image: RbdImage, options: MapOptions) -> Export:
+    """Return what the kernel is told of the image."""
+    several = options.connections > 1
+    flags = transmission_flags(read_only=image.read_only, multi_conn=several)
+    if options.no_trim:
+        flags &= ~FLAG_SEND_TRIM
+    return Export(str(image.spec), image.size(), flags)
 
 
 def _set_queue(image: RbdImage, attachment: Attachment, options: MapOptions, *, new: bool) -> None:
