@@ -96,7 +96,7 @@ class Loop:
 
     def __enter__(self) -> Loop:
         self._epoll.register(self._wake, select.EPOLLIN)
-        # Edge-triggered: each write to an eventfd is an event, whether or not it is read (epoll(7)).
+        # Each write to an eventfd is an edge, whether or not it is read (epoll(7)).
         self._epoll.register(self.image.fileno(), select.EPOLLIN | select.EPOLLET)
         self._thread.start()
         return self
