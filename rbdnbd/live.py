@@ -10,6 +10,7 @@ closed, so that neither a lock nor a watcher is left behind.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from rbdnbd.control import Control, Document
 from rbdnbd.devices import NbdDevices
 from rbdnbd.engines import engine
 from rbdnbd.errors import RbdnbdError
+from rbdnbd.header import watching
 from rbdnbd.holdings import Fate
 from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment
@@ -72,11 +74,13 @@ def live(
     block_size = options.block_size or (4096 if options.encryption else 512)
     attachment = bind(kernels, connection.export, block_size)
     fate.device_is_ours()
-    stack.callback(_let_go, attachment, connection, goodbye, fate)
+    stack.callback(leave_if_gone, image, fate)
+    stack.callback(_let_go, attachment, connection, goodbye, fate, image)
+    stack.enter_context(watching(image, lambda: life.ended(image.gone)))
     _accompany(stack, image, connection, attachment, options, block_size)
     log.info("%s is mapped to %s by %s", image.spec, attachment.device, attachment.method)
     ready(attachment.device, options.cookie)
-    number = await_end(life, f"{image.spec} on {attachment.device}")
+    number = await_end(life, f"{image.spec} on {attachment.device}", image)
     fate.detached = (
         number in (signal.SIGTERM, signal.SIGHUP)
         and attachment.method == "netlink"
@@ -137,24 +141,45 @@ def _serving(connection: Transmission, life: Life) -> Iterator[threading.Event]:
 
 
 def _let_go(
-    attachment: Attachment, connection: Transmission, goodbye: threading.Event, fate: Fate
+    attachment: Attachment,
+    connection: Transmission,
+    goodbye: threading.Event,
+    fate: Fate,
+    image: RbdImage,
 ) -> None:
     """Leave the device to a successor, or disconnect it, unless somebody has done so.
 
     What the kernel has cached is written first, however long that takes; nothing can be written
-    any more if the connection has ended.
+    any more if the connection has ended, or the image is gone.
     """
     if goodbye.is_set():
         attachment.wait_released(_RELEASE_SECONDS)
     elif fate.detached:
         log.info("%s waits for a successor", attachment.device)
     else:
-        attachment.disconnect(flush_limit=0.0 if connection.ended() else None)
+        attachment.disconnect(flush_limit=0.0 if connection.ended() or image.gone else None)
 
 
-def await_end(life: Life, what: str) -> int:
-    """Return the number of a signal, or 0 when the client says goodbye; raise if it hangs up."""
+def leave_if_gone(image: RbdImage, fate: Fate | None = None) -> None:
+    """End the process here if the image was removed: no call of librbd need ever return now."""
+    if not image.gone:
+        return
+    if fate is not None and fate.owner is not None:
+        fate.owner.remove()
+    log.error("%s", image.gone)
+    daemon.notify(STATUS=image.gone, ERRNO=errno.ENOENT)
+    logging.shutdown()
+    os._exit(1)
+
+
+def await_end(life: Life, what: str, image: RbdImage) -> int:
+    """Return the number of a signal, or 0 when the client says goodbye.
+
+    Raises `RbdnbdError` if it hangs up, or the image is gone.
+    """
     ending = life.wait()
+    if image.gone:
+        raise RbdnbdError(image.gone, errno.ENOENT)
     if isinstance(ending, str) and ending:
         raise RbdnbdError(f"the kernel has dropped {what}: {ending}")
     log.info("stopping %s", what)

@@ -29,8 +29,13 @@ Say = Callable[[str], None]
 
 EXIT_SECONDS: Final = 120.0
 """Time for an unmapped or detached image's process to answer, flush and close."""
-FORCED_FLUSH_SECONDS: Final = 10.0
+FORCED_FLUSH_SECONDS: Final = 3.0
 """Time for a device that is taken by force to write what is not written yet."""
+FORCED_SECONDS: Final = 5.0
+"""Time for all of that and for the process to end, which is killed then."""
+_KILL_SECONDS: Final = 10.0
+_LEAST_SECONDS: Final = 0.5
+_HANGS_AFTER: Final = 2.0
 SETTLE_SECONDS: Final = 10.0
 """Time for a process that is attaching or leaving a device to answer, or to be gone."""
 _SAY_AFTER: Final = 3.0
@@ -88,9 +93,11 @@ def unmap(
 ) -> None:
     """End the mapping of a device or image; return when the device is free and its process gone.
 
-    Without `force` a device that is mounted or otherwise held is refused. `say` is told what takes
-    long. Raises `RbdnbdError`.
+    Without `force` a device that is mounted or otherwise held is refused. With it a cluster that
+    does not answer is not waited for: the process is killed. `say` is told what takes long, and
+    what is lost. Raises `RbdnbdError`.
     """
+    deadline = time.monotonic() + FORCED_SECONDS
     index = _index_of(target, cluster, driver.devices, run_dir)
     document, owner = _whose(index, driver.devices, run_dir, anyones=force)
     with ExitStack() as stack:
@@ -102,13 +109,35 @@ def unmap(
         slow.start()
         stack.callback(slow.cancel)
         limit = FORCED_FLUSH_SECONDS if force else None
-        if owner:
+        if owner or (force and document and _hangs(document)):
             limit = 0.0  # nobody is there to write to
+        if owner:
             stack.enter_context(_removed_at_the_end(owner))
         driver.release(index, force=force, flush_limit=limit)
         slow.cancel()
-        if document:
+        if document and force:
+            _end_by_force(document, gone, deadline, say, run_dir)
+        elif document:
             _await_exit(document, gone, say, "is free")
+
+
+def _hangs(document: Document) -> bool:
+    """Tell whether a mapping waits for the cluster."""
+    return any(each["seconds"] > _HANGS_AFTER for each in document["in_flight"])
+
+
+def _end_by_force(
+    document: Document, gone: Callable[[float], bool], deadline: float, say: Say, run_dir: Path
+) -> None:
+    """Kill the process of a device that is free, unless it ends by itself before the deadline."""
+    if gone(max(_LEAST_SECONDS, deadline - time.monotonic())):
+        return
+    pid, spec = document["id"], spec_of(document)
+    say(f"process {pid} cannot flush and close {spec}: it is killed, its newest writes may be lost")
+    os.kill(pid, signal.SIGKILL)
+    if not gone(_KILL_SECONDS):
+        raise RbdnbdError(f"{document['device']} is free, but process {pid} cannot be killed")
+    Ownership(document["cookie"], run_dir).remove()
 
 
 def detach(

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "distrust": PURE,
     "transmission": PURE | {"trace", "distrust"},
     "stream": set(),
-    "server": PURE | {"transmission", "stream", "distrust"},
+    "turn": PURE,
+    "server": PURE | {"transmission", "stream", "distrust", "turn"},
     "buffers": PURE,
     "loop": PURE | {"buffers"},
     "receiving": PURE | {"transmission", "distrust", "loop", "buffers"},
@@ -47,6 +48,7 @@ MAY_IMPORT = {
     "image": PURE | {"cluster", "encryption", "polled"},
     "opening": PURE | {"cluster", "encryption", "polled", "image"},
     "fencing": PURE | {"cluster", "image"},
+    "header": PURE | {"cluster", "image"},
     "pressure": PURE,
     "hook": PURE | {"image", "librbd", "pressure"},
     "netlink": PURE,
@@ -63,6 +65,7 @@ MAY_IMPORT = {
     "daemon": PURE | {"background"},
     "logs": PURE | {"daemon", "background"},
     "life": PURE,
+    "secrecy": PURE,
 }
 """What each room below the top may import of ours."""
 
@@ -85,9 +88,9 @@ TOP = {
 """The rooms at the top, which may import everything below them, and what of the top as well."""
 
 ONLY_IN = {
-    "rados": {"cluster", "image", "opening", "settings"},
+    "rados": {"cluster", "header", "image", "opening", "settings"},
     "rbd": {"cluster", "image", "opening", "encryption", "fencing", "polled"},
-    "ctypes": {"librbd", "ioctl", "pressure", "polled"},
+    "ctypes": {"librbd", "ioctl", "pressure", "polled", "secrecy"},
     "fcntl.ioctl": {"ioctl"},
     "resource": {"pressure"},
     "socket.AF_NETLINK": {"netlink"},

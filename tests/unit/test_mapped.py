@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class Host:
             "snap_id": image.snap_id,
             "device": self.device(index),
             "cookie": f"cookie of {spec}",
+            "in_flight": [],
         }
         self._stack.enter_context(Control(lambda: document, self.run_dir))
 
@@ -239,6 +241,22 @@ def test_a_process_that_keeps_the_image_open_is_said_at_first_and_refused_at_las
     )
     assert host.said == [f"waiting for process {os.getpid()} to flush and close rbd/vol"]
     assert not host.connected(0)
+
+
+def test_by_force_a_process_that_does_not_end_is_killed_and_its_record_removed(host, monkeypatch):
+    """Seen to fail without the kill, and without the removal."""
+    monkeypatch.setattr(room, "FORCED_SECONDS", 0.1)
+    host.loses(0, "rbd/vol")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        host.answers(0, "rbd/vol", pid=process.pid)
+        host.unmap("rbd/vol", force=True)
+        assert process.wait(10) == -signal.SIGKILL
+    assert host.said == [
+        f"process {process.pid} cannot flush and close rbd/vol: it is killed, "
+        "its newest writes may be lost"
+    ]
+    assert not host.connected(0)
+    assert not list(host.run_dir.glob("*.json"))
 
 
 def test_only_the_process_of_the_device_that_is_named_is_waited_for(host, monkeypatch):
