@@ -100,7 +100,7 @@ def test_many_images_are_mapped_at_once_and_unmapped_at_once(
     torture: Torture,
     temporary: Path,
 ) -> None:
-    """Seen to fail with a control socket that left a file open for each question."""
+    """Twenty in the whole form. Seen to fail as the test above."""
     count = 20 if torture.whole else 3
     specs = [image("16M") for _ in range(count)]
     forked.run("list-mapped")

@@ -45,7 +45,7 @@ def race(
 def test_commands_that_race_for_a_device_end_with_the_truth(
     race: MakeRace, torture: Torture
 ) -> None:
-    """Seen to fail with BREAKS."""
+    """Seen to fail with a detach that disconnected the device: its IO did not go on."""
     runners = race(1)
     for _, source in torture.rounds(short=2, whole=60):
         runners.run(source, commands=6)
@@ -55,7 +55,7 @@ def test_commands_that_race_for_a_device_end_with_the_truth(
 def test_commands_that_race_for_many_devices_end_with_the_truth(
     race: MakeRace, torture: Torture
 ) -> None:
-    """Ten of them in the whole form. Seen to fail with BREAKS."""
+    """Ten of them in the whole form. Seen to fail with a detach that disconnected the device."""
     runners = race(10 if torture.whole else 2)
     for _, source in torture.rounds(short=1, whole=10):
         runners.run(source, commands=3)
