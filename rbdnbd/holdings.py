@@ -13,7 +13,6 @@ from rbdnbd.image import RbdImage
 from rbdnbd.life import Life
 from rbdnbd.opening import open_image
 from rbdnbd.record import Ownership, Record
-from rbdnbd.secrecy import keep_no_core
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 
 if TYPE_CHECKING:
@@ -30,10 +29,8 @@ def opened(
 ) -> tuple[RbdImage, Trace | None]:
     """Open the trace and the image, which is flushed and closed when the stack unwinds.
 
-    Main thread, which does something else `meanwhile`. What opens an image, keys and passphrases,
-    is in this process's memory from then on.
+    Main thread, which does something else `meanwhile`.
     """
-    keep_no_core()
     trace = None
     if options.trace:
         from rbdnbd.trace import tracing

@@ -229,8 +229,7 @@ class Attachment:
         """Give the device a new size in bytes, less what is beyond whole blocks, in use or not.
 
         The kernel may wait until every request in flight is answered: call this from a thread that
-        answers none. Whoever opens the device next looks for partitions, so it is opened once while
-        somebody answers. Errors: RbdnbdError, with ENODEV for a device that is released.
+        answers none. Errors: RbdnbdError, with ENODEV for a device that is released.
         Source: nbd_set_size, Linux 6.1; it waits in 6.12 (queue_limits_commit_update_frozen).
         """
         devices, index = self._driver.devices, self.index
@@ -242,8 +241,6 @@ class Attachment:
             return
         try:
             self._set_size(whole, block_size)
-            with opened(devices.path(index)):
-                pass
         except OSError as error:
             raise refusal(f"resize {self.device}", error) from error
         log.info("%s has %d bytes now", self.device, whole)

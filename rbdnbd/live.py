@@ -10,7 +10,6 @@ closed, so that neither a lock nor a watcher is left behind.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -35,7 +34,6 @@ from rbdnbd.devices import NbdDevices
 from rbdnbd.engines import engine
 from rbdnbd.errors import RbdnbdError
 from rbdnbd.handover import Offer
-from rbdnbd.header import watching
 from rbdnbd.holdings import Fate
 from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment
@@ -83,16 +81,14 @@ def live(
     block_size = options.block_size or (4096 if options.encryption else 512)
     attachment = bind(connections.offer, export, block_size)
     fate.device_is_ours()
-    stack.callback(leave_if_gone, image, fate)
-    stack.callback(_let_go, attachment, connections, options, fate, image)
-    stack.enter_context(watching(image, lambda: life.ended(image.gone)))
+    stack.callback(_let_go, attachment, connections, options, fate)
     connections.attached(attachment.replace if several else None)
     _set_queue(image, attachment, options, new=new)
     _set_timer(attachment, options)
     _accompany(stack, image, connections, attachment, options, block_size)
     log.info("%s is mapped to %s by %s", image.spec, attachment.device, attachment.method)
     ready(attachment.device, options.cookie)
-    number = await_end(life, f"{image.spec} on {attachment.device}", image)
+    number = await_end(life, f"{image.spec} on {attachment.device}")
     fate.detached = (
         number in (signal.SIGTERM, signal.SIGHUP)
         and attachment.method == "netlink"
@@ -147,16 +143,12 @@ def _accompany(
 
 
 def _let_go(
-    attachment: Attachment,
-    connections: Connections,
-    options: MapOptions,
-    fate: Fate,
-    image: RbdImage,
+    attachment: Attachment, connections: Connections, options: MapOptions, fate: Fate
 ) -> None:
     """Leave the device to a successor, or disconnect it, unless somebody has done so.
 
     What the kernel has cached is written first, however long that takes; nothing can be written
-    any more if the connections have ended, or the image is gone.
+    any more if the connections have ended.
     """
     if connections.goodbye.is_set():
         attachment.wait_released(_RELEASE_SECONDS)
@@ -166,29 +158,12 @@ def _let_go(
             connections.answer_what_was_sent(DRAIN_SECONDS)
         log.info("%s waits for a successor", attachment.device)
     else:
-        attachment.disconnect(flush_limit=0.0 if connections.ended() or image.gone else None)
+        attachment.disconnect(flush_limit=0.0 if connections.ended() else None)
 
 
-def leave_if_gone(image: RbdImage, fate: Fate | None = None) -> None:
-    """End the process here if the image was removed: no call of librbd need ever return now."""
-    if not image.gone:
-        return
-    if fate is not None and fate.owner is not None:
-        fate.owner.remove()
-    log.error("%s", image.gone)
-    daemon.notify(STATUS=image.gone, ERRNO=errno.ENOENT)
-    logging.shutdown()
-    os._exit(1)
-
-
-def await_end(life: Life, what: str, image: RbdImage) -> int:
-    """Return the number of a signal, or 0 when the client says goodbye.
-
-    Raises `RbdnbdError` if it hangs up, or the image is gone.
-    """
+def await_end(life: Life, what: str) -> int:
+    """Return the number of a signal, or 0 when the client says goodbye; raise if it hangs up."""
     ending = life.wait()
-    if image.gone:
-        raise RbdnbdError(image.gone, errno.ENOENT)
     if isinstance(ending, str) and ending:
         raise RbdnbdError(f"the kernel has dropped {what}: {ending}")
     log.info("stopping %s", what)

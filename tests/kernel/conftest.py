@@ -7,6 +7,7 @@ fails one test and not all that follow.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -21,14 +22,14 @@ from pathlib import Path
 
 import pytest
 
-from rbdnbd.errors import RbdnbdError
-from rbdnbd.kernel import NbdDriver
 from testbed import places
 from tests.support.rbd_nbd import OURS, STOCK, Run, runner
 from tests.support.waiting import wait_until
 
 DEVICES = 16
 CLEAN_UP_SECONDS = 10
+NBD_CLEAR_SOCK = 0xAB04
+NBD_DISCONNECT = 0xAB08
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -208,8 +209,13 @@ def _clean_up() -> None:
             source, target, *_ = mount.split(" ")
             if re.fullmatch(f"{device}(p[0-9]+)?", source):
                 subprocess.run(["umount", "--lazy", target], check=True)
-        with suppress(RbdnbdError, OSError):  # to open it could wait for a server
-            NbdDriver().disconnect(int(device.removeprefix("/dev/nbd")))
+        file = os.open(device, os.O_RDONLY)
+        try:
+            for request in (NBD_DISCONNECT, NBD_CLEAR_SOCK):
+                with suppress(OSError):
+                    fcntl.ioctl(file, request)
+        finally:
+            os.close(file)
     with suppress(AssertionError):
         wait_until(lambda: not _devices_in_use(), CLEAN_UP_SECONDS, "every device is free again")
     _GIVEN_UP.update(_devices_in_use())

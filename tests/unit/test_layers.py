@@ -30,8 +30,7 @@ MAY_IMPORT = {
     "distrust": PURE,
     "transmission": PURE | {"trace", "distrust"},
     "stream": set(),
-    "turn": PURE,
-    "server": PURE | {"transmission", "stream", "distrust", "turn"},
+    "server": PURE | {"transmission", "stream", "distrust"},
     "buffers": PURE,
     "loop": PURE | {"buffers"},
     "receiving": PURE | {"transmission", "distrust", "loop", "buffers"},
@@ -49,7 +48,6 @@ MAY_IMPORT = {
     "image": PURE | {"cluster", "encryption", "polled"},
     "opening": PURE | {"cluster", "encryption", "polled", "image"},
     "fencing": PURE | {"cluster", "image"},
-    "header": PURE | {"cluster", "image"},
     "pressure": PURE,
     "hook": PURE | {"image", "librbd", "pressure"},
     "netlink": PURE,
@@ -67,7 +65,6 @@ MAY_IMPORT = {
     "daemon": PURE | {"background"},
     "logs": PURE | {"daemon", "background"},
     "life": PURE,
-    "secrecy": PURE,
 }
 """What each room below the top may import of ours."""
 
@@ -90,9 +87,9 @@ TOP = {
 """The rooms at the top, which may import everything below them, and what of the top as well."""
 
 ONLY_IN = {
-    "rados": {"cluster", "header", "image", "opening", "settings"},
+    "rados": {"cluster", "image", "opening", "settings"},
     "rbd": {"cluster", "image", "opening", "encryption", "fencing", "polled"},
-    "ctypes": {"librbd", "ioctl", "pressure", "polled", "secrecy"},
+    "ctypes": {"librbd", "ioctl", "pressure", "polled"},
     "fcntl.ioctl": {"ioctl"},
     "resource": {"pressure"},
     "socket.AF_NETLINK": {"netlink"},
