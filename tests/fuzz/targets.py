@@ -140,6 +140,7 @@ def by_events(sock: MemorySocket, export: Export, limits: Distrust) -> bytes:
         if connection.proceed(True, 0.0) is None:
             connection.leave()
             connection.serve()
+            loop._new.clear()  # serve has added it, and no thread takes it
             return bytes(polled.image.data)
         for operation, result in polled.finished():
             operation.finish(result, 0.0)

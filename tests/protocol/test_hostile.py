@@ -8,12 +8,14 @@ import random
 import socket
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from rbdnbd.buffers import Buffers
 from rbdnbd.distrust import Distrust
 from rbdnbd.pressure import raise_file_limit
 from tests.support.client import READ, WRITE, RawClient
@@ -311,6 +313,19 @@ def test_clients_that_disappear_in_mid_write_leave_nothing_behind(
             client.sock.close()
     wait_until(lambda: limits.used == 0, 10, "all memory to be given back")
     assert untouched(image)
+
+
+def test_requests_of_ever_other_sizes_leave_no_memory_behind() -> None:
+    """Seen to fail with buffers that remember every size."""
+    buffers = Buffers()
+    tracemalloc.start()
+    try:
+        for length in range(1, 20_000):
+            buffers.give_back(buffers.take(length))
+            buffers.take(length)
+        assert tracemalloc.get_traced_memory()[0] < 128 << 10
+    finally:
+        tracemalloc.stop()
 
 
 def test_that_further_clients_have_to_wait_is_said_once(
