@@ -56,6 +56,23 @@ class Image(Protocol):
         """Make the range read as zeroes; with `no_hole` its space stays allocated."""
 
 
+class Lasting:
+    """What requests of one image fail with for as long as it lasts: said once a minute."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def is_news(self, number: int) -> bool:
+        """Tell whether an errno has not been said for a minute; then it is, by the caller."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._said.get(number, -_SAY_SECONDS) < _SAY_SECONDS:
+                return False
+            self._said[number] = now
+            return True
+
+
 class Transmission(ABC):
     """One client in the transmission phase, on a connected stream socket closed at the end.
 
@@ -67,11 +84,11 @@ class Transmission(ABC):
         self.export = export
         self.trace: Trace | None = None
         """Told of every request and every reply; set before `serve`."""
+        self.lasting = Lasting()
+        """What has been said of the image, with those who serve it too; set before `serve`."""
         self._sock = sock
         self._ended = False
         self._reason = ""
-        self._said: dict[int, float] = {}
-        self._saying = threading.Lock()
         self._lost = False
         self._peer: Peer | None = None
 
@@ -159,18 +176,9 @@ class Transmission(ABC):
         if lasting is None:
             where = f"{request.length} bytes at {request.offset}"
             log.error("%s of %s failed: %s", request.name, where, cause)
-        elif self._is_news(lasting):
+        elif self.lasting.is_news(lasting):
             log.error("requests of %s fail from now on: %s", self.export.name, cause)
         return number
-
-    def _is_news(self, number: int) -> bool:
-        """Tell whether a failure that lasts has not been said for a minute."""
-        now = time.monotonic()
-        with self._saying:
-            if now - self._said.get(number, -_SAY_SECONDS) < _SAY_SECONDS:
-                return False
-            self._said[number] = now
-            return True
 
     def _end(self, error: Exception) -> None:
         if not self._ended:
@@ -183,12 +191,14 @@ Engine = Callable[[socket.socket, Export], Transmission]
 """Makes what serves a client on a connected socket, for an image that it knows."""
 
 
-def traced(engine: Engine, trace: Trace | None) -> Engine:
-    """Return an engine whose connections write a trace."""
+def of_one_image(engine: Engine, trace: Trace | None) -> Engine:
+    """Return an engine whose connections write one trace, and say together what lasts."""
+    lasting = Lasting()
 
     def connect(sock: socket.socket, export: Export) -> Transmission:
         connection = engine(sock, export)
         connection.trace = trace
+        connection.lasting = lasting
         return connection
 
     return connect

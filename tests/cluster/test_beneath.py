@@ -103,13 +103,16 @@ def test_a_client_that_was_blocklisted_fails_every_request_and_ends_when_told(
 ) -> None:
     """With a lock the last flush fails too; without one, nothing that was answered needs it.
 
-    Seen to fail with `_is_news` always true: a line for each request.
+    Seen to fail with an `is_news` that is always true, a line for each request, and with
+    connections that do not share one, a line for each client.
     """
     spec = image("16M", *features)
     with serve(spec) as served:
         served.client.write(0, b"x" * 4096)
         ceph("osd", "blocklist", "add", address(spec), "120")
         fails_everything(served.client)
+        with served.another() as second:
+            fails_everything(second)
         says_so_once_and_ends(served, status)
 
 

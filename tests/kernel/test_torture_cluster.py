@@ -131,7 +131,7 @@ def test_io_waits_for_a_cluster_that_is_away_and_goes_on(
     assert rbdnbd("unmap", device).returncode == 0
 
 
-def test_a_mapping_whose_client_was_blocklisted_gives_errors_and_is_unmapped(
+def test_a_mapping_whose_client_was_blocklisted_gives_errors_and_is_unmapped_by_force(
     rbdnbd: Command,
     image: MakeImage,
     rbd: Callable[..., str],
@@ -149,7 +149,8 @@ def test_a_mapping_whose_client_was_blocklisted_gives_errors_and_is_unmapped(
     read = (f"if={device}", "of=/dev/null", "count=8", "iflag=direct")
     wait_until(lambda: dd(*read).wait(60), 30, "reads fail")
     assert dd("if=/dev/zero", f"of={device}", "count=1", "oflag=direct").wait(60) != 0
-    done = rbdnbd("unmap", device)
+    assert "--force gives up what is not written yet" in rbdnbd("unmap", device).stderr
+    done = rbdnbd("unmap", "--force", device)
     assert done.returncode == 0, done.stderr
     assert len([line for line in log.read_text().splitlines() if "fail from now on" in line]) == 1
 

@@ -26,6 +26,13 @@ class Gateway:
     process: subprocess.Popen[bytes]
     client: RawClient
     log: Path
+    address: Path
+
+    def another(self) -> RawClient:
+        """Connect once more; the client closes its socket at the end of a `with`."""
+        client = RawClient(socket.socket(socket.AF_UNIX))
+        client.sock.connect(str(self.address))
+        return client.go()
 
     def said(self, words: str) -> list[str]:
         """Return the lines of the log that have these words."""
@@ -65,7 +72,7 @@ def gateway(conf: Path, spec: str, path: Path, *options: str) -> Iterator[Gatewa
             )
             client = RawClient(sock)
             sock.connect(str(address))
-            yield Gateway(process, client.go(), log)
+            yield Gateway(process, client.go(), log, address)
         finally:
             process.terminate()
             try:
