@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import select
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -27,6 +29,8 @@ WORKERS: Final = 128
 """Requests of one connection in flight: the kernel's queue depth (nbd.c, tag_set.queue_depth)."""
 
 _DRAIN_INTERVAL: Final = 0.005
+_LASTING: Final = {errno.ESHUTDOWN, errno.EROFS}
+_SAY_SECONDS: Final = 60.0
 
 
 class Image(Protocol):
@@ -66,6 +70,9 @@ class Transmission(ABC):
         self._sock = sock
         self._ended = False
         self._reason = ""
+        self._said: dict[int, float] = {}
+        self._saying = threading.Lock()
+        self._lost = False
         self._peer: Peer | None = None
 
     def distrust(self, distrust: Distrust) -> None:
@@ -118,6 +125,17 @@ class Transmission(ABC):
         """Tell whether no further request will be read."""
         return self._ended
 
+    def hung_up(self) -> bool:
+        """Tell whether the peer has hung up, even if what it sent before is not read yet."""
+        if self._lost:
+            return True
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except ValueError:  # closed by us
+            return False
+
     @abstractmethod
     def _owes(self) -> bool:
         """Tell whether a reply has yet to be sent."""
@@ -125,10 +143,40 @@ class Transmission(ABC):
     def _look_up(self) -> None:  # noqa: B027
         """Have whoever serves see what has changed, if the socket does not tell."""
 
+    def failure(self, request: Request, error: Exception) -> int:
+        """Log why a request failed and return the NBD error that answers it, never 0.
+
+        When this client was blocklisted, or another one keeps the lock, requests fail from then on:
+        that is said once a minute, not of each.
+        """
+        if isinstance(error, OSError):
+            number, cause = nbd_error(error.errno or errno.EIO), str(error)
+        elif isinstance(error, MemoryError):
+            number, cause = nbd_error(errno.ENOMEM), "out of memory"
+        else:
+            number, cause = nbd_error(errno.EIO), repr(error)
+        lasting = error.errno if isinstance(error, OSError) and error.errno in _LASTING else None
+        if lasting is None:
+            where = f"{request.length} bytes at {request.offset}"
+            log.error("%s of %s failed: %s", request.name, where, cause)
+        elif self._is_news(lasting):
+            log.error("requests of %s fail from now on: %s", self.export.name, cause)
+        return number
+
+    def _is_news(self, number: int) -> bool:
+        """Tell whether a failure that lasts has not been said for a minute."""
+        now = time.monotonic()
+        with self._saying:
+            if now - self._said.get(number, -_SAY_SECONDS) < _SAY_SECONDS:
+                return False
+            self._said[number] = now
+            return True
+
     def _end(self, error: Exception) -> None:
         if not self._ended:
             self._ended = True
             self._reason = str(error)
+            self._lost = isinstance(error, EOFError | ConnectionError)
 
 
 Engine = Callable[[socket.socket, Export], Transmission]
@@ -144,20 +192,6 @@ def traced(engine: Engine, trace: Trace | None) -> Engine:
         return connection
 
     return connect
-
-
-def failure(request: Request, error: Exception) -> int:
-    """Log why a request failed and return the NBD error that answers it, never 0."""
-    if isinstance(error, OSError):
-        number, cause = nbd_error(error.errno or errno.EIO), str(error)
-    elif isinstance(error, MemoryError):
-        number, cause = nbd_error(errno.ENOMEM), "out of memory"
-    else:
-        number, cause = nbd_error(errno.EIO), repr(error)
-    log.error(
-        "%s of %d bytes at %d failed: %s", request.name, request.length, request.offset, cause
-    )
-    return number
 
 
 def short_read(length: int) -> OSError:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tests.support.client import (
     DISC,
     EINVAL,
-    ENOSPC,
     FLUSH,
     FUA,
     NO_HOLE,
@@ -24,6 +23,7 @@ from tests.support.client import (
     WRITE,
     WRITE_ZEROES,
     RawClient,
+    refusal,
 )
 from tests.support.memory import MemoryImage
 from tests.support.polled import ENGINES, engine
@@ -71,15 +71,8 @@ def pack(command: Command, cookie: int) -> bytes:
 def model(data: bytearray, command: Command) -> tuple[int, bytes]:
     """Do a command to a model; return the error and the data it must be answered with."""
     kind, offset, length, flags, byte = command
-    legal = FUA | NO_HOLE if kind == WRITE_ZEROES else FUA
-    if flags & ~legal or kind not in (READ, WRITE, FLUSH, TRIM, WRITE_ZEROES):
-        return EINVAL, b""
-    if kind == FLUSH:
-        return (EINVAL if offset or length else 0), b""
-    if not length:
-        return EINVAL, b""
-    if offset + length > len(data):
-        return (ENOSPC if kind in (WRITE, WRITE_ZEROES) else EINVAL), b""
+    if (error := refusal(kind, offset, length, flags, len(data))) or kind == FLUSH:
+        return error, b""
     if kind == READ:
         return 0, bytes(data[offset : offset + length])
     data[offset : offset + length] = bytes([byte if kind == WRITE else 0]) * length

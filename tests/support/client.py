@@ -20,6 +20,20 @@ _REQUEST = struct.Struct(">IHHQQI")
 _LIMIT = 10.0
 
 
+def refusal(command: int, offset: int, length: int, flags: int, size: int) -> int:
+    """Return the error that a request to a writable export of this size is refused with, or 0."""
+    legal = FUA | NO_HOLE if command == WRITE_ZEROES else FUA
+    if flags & ~legal or command not in (READ, WRITE, FLUSH, TRIM, WRITE_ZEROES):
+        return EINVAL
+    if command == FLUSH:
+        return EINVAL if offset or length else 0
+    if not length:
+        return EINVAL
+    if offset + length > size:
+        return ENOSPC if command in (WRITE, WRITE_ZEROES) else EINVAL
+    return 0
+
+
 class RawClient:
     """The client's end of a connection; every wait ends after 10 s with `TimeoutError`."""
 

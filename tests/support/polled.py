@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import cast
 
 from rbdnbd.events import EventConnection
 from rbdnbd.loop import Loop, Operation
@@ -61,8 +62,8 @@ class PolledImage:
         self._start(operation, read)
 
     def start_write(self, operation: Operation, offset: int, data: bytes | bytearray) -> None:
-        """Write all of it."""
-        self._start(operation, lambda: self._image.write(offset, bytes(data)))
+        """Write all of it, and copy nothing: the buffer is the image's until it has finished."""
+        self._start(operation, lambda: self._image.write(offset, cast(bytes, data)))
 
     def start_flush(self, operation: Operation) -> None:
         """Flush."""
