@@ -124,7 +124,7 @@ def test_sigterm_leaves_every_answered_write_neither_lock_nor_watcher_and_a_devi
     rbd: Rbd,
     tmp_path: Path,
 ) -> None:
-    """Seen to fail with an image that is closed without a flush and has rbd_cache on."""
+    """Seen to fail with a process that leaves at once and has rbd_cache on."""
     device = map_image()
     with Writers(partial(Blocks, device)) as writers:
         for _, random in torture.rounds(short=1, whole=15):
@@ -176,8 +176,8 @@ def test_a_device_attached_by_ioctl_is_released_with_every_answered_write_by(
     rbd: Rbd,
     tmp_path: Path,
 ) -> None:
-    """Seen to fail with an image that is closed without a flush."""
-    for _, random in torture.rounds(short=1, whole=15):
+    """Seen to fail with a process that leaves at once."""
+    for _, random in torture.rounds(short=1, whole=10):
         device = map_image("--ioctl")
         with Writers(partial(Blocks, device)) as writers:
             writers.go_on(random.randrange(1, 300), PATIENCE)
