@@ -74,7 +74,6 @@ def set_timer(device: str) -> None:
 def test_four_connections_outlive_a_kill_9_and_a_replacement_under_io(
     engine: str, rbdnbd: Command, image: MakeImage
 ) -> None:
-    """Seen to fail with an attach that hands over one socket."""
     device = succeed(rbdnbd("map", image("64M"), "--connections", "4", "--io-engine", engine))
     disk = Path("/sys/block") / Path(device).name
     possible = int((CPU / "possible").read_text().rpartition("-")[2]) + 1
@@ -97,10 +96,7 @@ def test_four_connections_outlive_a_kill_9_and_a_replacement_under_io(
 def test_a_cluster_that_hangs_costs_neither_the_device_nor_a_request(
     engine: str, rbdnbd: Command, image: MakeImage, ceph: Callable[..., str]
 ) -> None:
-    """The driver hangs up on every connection, again and again, until the cluster is back.
-
-    Seen to fail with `connections.attached(None)`: the mapping ends, and fio gets EIO.
-    """
+    """The driver hangs up on every connection, again and again, until the cluster is back."""
     device = succeed(rbdnbd("map", image("64M"), "--connections", "2", "--io-engine", engine))
     pid = process_of(rbdnbd, device)
     set_timer(device)

@@ -60,9 +60,11 @@ def attach() -> Iterator[Callable[..., Attachment]]:
         attachment.disconnect(flush_limit=1)
 
 
-def reattach(index: int, sock: socket.socket, size: int = SIZE, cookie: str = "c") -> Attachment:
+def reattach(
+    index: int, offer: Callable[[], socket.socket], size: int = SIZE, cookie: str = "c"
+) -> Attachment:
     attachment = DRIVER.reattach(
-        index, lambda: sock, size=size, timeout=None, reattach_timeout=30, cookie=cookie
+        index, offer, size=size, timeout=None, reattach_timeout=30, cookie=cookie
     )
     set_timer(DRIVER.devices, index, SUCCESSOR_MILLISECONDS)
     return attachment
@@ -95,7 +97,7 @@ def test_a_server_that_leaves_and_its_successor_lose_no_request(attach, responde
         served.leave()
         wait_until(lambda: io.stuck(0.5) == DEPTH, 5, "requests that wait for a successor")
         assert io.errors == []
-        reattach(attachment.index, responder().client)
+        reattach(attachment.index, lambda: responder().client)
         assert_all_go_on(io)
 
 
@@ -107,7 +109,7 @@ def test_servers_that_follow_one_another_at_once_lose_no_request(attach, respond
             wait_until(lambda served=served: len(served.requests) > 200, SOON, "running requests")
             served.leave()
             served = responder()
-            reattach(attachment.index, served.client)
+            reattach(attachment.index, lambda served=served: served.client)
         assert_all_go_on(io)
 
 
@@ -123,7 +125,7 @@ def test_requests_that_died_with_their_server_are_sent_to_its_successor(attach, 
             wait_until(lambda: io.stuck(0.5) == DEPTH, 10, "requests that are not answered")
             child.kill()
             child.wait()
-            reattach(attachment.index, responder().client)
+            reattach(attachment.index, lambda: responder().client)
             assert_all_go_on(io)
     finally:
         child.kill()
@@ -134,7 +136,7 @@ def test_a_device_attached_again_is_released_like_any_other(attach, responder):
     served = responder()
     attachment = attach(served.client)
     served.leave()
-    again = reattach(attachment.index, responder().client)
+    again = reattach(attachment.index, lambda: responder().client)
     assert not again.released()
     DRIVER.release(again.index)
     assert again.released()
@@ -144,14 +146,14 @@ def test_a_device_attached_again_has_the_new_size(attach, responder):
     served = responder()
     attachment = attach(served.client)
     served.leave()
-    reattach(attachment.index, responder().client, size=2 * SIZE)
+    reattach(attachment.index, lambda: responder().client, size=2 * SIZE)
     assert capacity(attachment.device) == 2 * SIZE
 
 
 def test_a_device_whose_server_lives_keeps_it(attach, responder):
     served = responder()
     attachment = attach(served.client)
-    refused = refusal(lambda: reattach(attachment.index, responder().client))
+    refused = refusal(lambda: reattach(attachment.index, lambda: responder().client))
     assert (type(refused), refused.message) == (
         Busy,
         f"{attachment.device} still has a server: end that first",
@@ -164,20 +166,20 @@ def test_a_device_with_another_cookie_waits_on(attach, responder):
     served = responder()
     attachment = attach(served.client)
     served.leave()
-    refused = refusal(lambda: reattach(attachment.index, responder().client, cookie="d"))
+    refused = refusal(lambda: reattach(attachment.index, lambda: responder().client, cookie="d"))
     assert isinstance(refused, CookieMismatch)
-    reattach(attachment.index, responder().client)
+    reattach(attachment.index, lambda: responder().client)
 
 
 def test_a_device_attached_by_ioctl_is_not_given_another_server(attach, responder):
     attachment = attach(responder().client, use_ioctl=True)
-    assert refusal(lambda: reattach(attachment.index, responder().client)).message == (
+    assert refusal(lambda: reattach(attachment.index, lambda: responder().client)).message == (
         f"{attachment.device} has no cookie: only what netlink attached can be attached again"
     )
 
 
 def test_a_free_device_is_not_given_another_server(responder):
-    refused = refusal(lambda: reattach(9, responder().client))
+    refused = refusal(lambda: reattach(9, lambda: responder().client))
     assert (type(refused), refused.message) == (NotMapped, "/dev/nbd9 is not attached")
 
 
@@ -200,7 +202,7 @@ def test_a_request_that_has_waited_for_too_long_fails_and_the_device_stays(attac
     assert (io.errors[0].errno, round(time.monotonic() - started)) == (errno.EIO, 2)
     assert not attachment.released()
     assert DRIVER.devices.size(attachment.index) == SIZE
-    reattach(attachment.index, responder().client)
+    reattach(attachment.index, lambda: responder().client)
     with DirectIO(attachment.device) as io:
         assert_all_go_on(io)
 

@@ -47,7 +47,6 @@ def settings(device: str) -> dict[str, str]:
 def test_settings_hold_over_attach_and_resize_and_are_not_the_next_mappings(
     rbdnbd: Command, image: MakeImage, rbd: Callable[..., str]
 ) -> None:
-    """Seen to fail with a resize that does not set the queue again: discard is the driver's."""
     words = [word for key, value in ASKED.items() for word in ("--queue", f"{key}={value}")]
     spec = image("16M")
     device = succeed(rbdnbd("map", spec, *words))
@@ -67,7 +66,6 @@ def test_settings_hold_over_attach_and_resize_and_are_not_the_next_mappings(
 def test_what_the_kernel_refuses_is_one_sentence_and_nothing_is_mapped(
     rbdnbd: Command, image: MakeImage
 ) -> None:
-    """Seen to fail with a `tune` that logs every refusal."""
     refused = rbdnbd("map", image("16M"), "--device", "/dev/nbd3", "--queue", "nr_requests=2000")
     assert (refused.returncode, refused.stdout, refused.stderr) == (
         1,
