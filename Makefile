@@ -3,11 +3,13 @@ PREFIX ?= /usr/local
 PYTHON := .venv/bin/python
 LIB := $(PREFIX)/lib/rbdnbd
 
-.PHONY: help demo test bench lint install uninstall install-drop-in uninstall-drop-in clean
+.PHONY: help demo test torture fuzz bench lint install uninstall install-drop-in uninstall-drop-in clean
 
 help:
 	@echo "make demo       map an image of a throw-away Ceph cluster, write, read, compare"
 	@echo "make test       run every test, none skipped (TIERS=unit,protocol for some)"
+	@echo "make torture    break what can break, under load, for MINUTES=$(MINUTES) (docs/reliability.md)"
+	@echo "make fuzz       give the server a million inputs, guided by coverage (RUNS=1000000)"
 	@echo "make bench      measure it beside rbd-nbd and others (ARGS=--help for what else there is)"
 	@echo "make lint       run ruff and mypy --strict"
 	@echo "make install    install rbdnbd below PREFIX=$(PREFIX), for a host with a cluster of its own"
@@ -23,6 +25,20 @@ TIERS ?= unit,protocol,cluster,kernel,debian13
 test:
 	@testbed/setup.sh test
 	RBDNBD_TIERS=$(TIERS) $(PYTHON) -m pytest $(ARGS)
+
+# ARGS=tests/kernel/test_x.py::test_y for one of them
+MINUTES ?= 60
+torture:
+	@testbed/setup.sh test
+	@$(PYTHON) -m testbed.torture --minutes $(MINUTES) $(ARGS)
+
+RUNS ?= 1000000
+FUZZ := handshake transmission
+fuzz:
+	@testbed/setup.sh fuzz
+	for target in $(FUZZ); do \
+		$(PYTHON) -m tests.fuzz $$target $$(($(RUNS) / $(words $(FUZZ)))) || exit; \
+	done
 
 bench:
 	@testbed/setup.sh bench

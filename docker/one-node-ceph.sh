@@ -7,6 +7,8 @@
 #   one-node-ceph.sh stop DIR                 kill the daemons; DIR stays for whoever wants the logs
 #   one-node-ceph.sh stop-osd DIR             a fault: the OSD ends in an orderly way, data kept
 #   one-node-ceph.sh start-osd DIR            the OSD comes back with its data
+#   one-node-ceph.sh stop-mon DIR             a fault: the monitor is killed
+#   one-node-ceph.sh start-mon DIR            the monitor comes back
 #
 # DIR is new, or an empty directory, and holds everything: ceph.conf, keys, data, logs, pid files.
 # ADDR is an address of this machine; the daemons bind to it and advertise it. STORE is "memstore"
@@ -18,7 +20,7 @@ set -eu
 unset CEPH_CONF CEPH_ARGS CEPH_KEYRING
 
 readonly limit=60 # seconds for one step; a whole start takes about two
-readonly usage="usage: one-node-ceph.sh start|run|stop|stop-osd|start-osd DIR [ADDR [STORE]]"
+readonly usage="usage: one-node-ceph.sh start|run|stop|stop-osd|start-osd|stop-mon|start-mon DIR [ADDR [STORE]]"
 # The monitor itself would try again for 15 s before it says so.
 readonly try_to_listen='import socket, sys; socket.create_server((sys.argv[1], 3300)).close()'
 launched= # the daemons that this process is the parent of
@@ -194,6 +196,14 @@ start_osd() {
     say "osd.0 is back"
 }
 
+start_mon() {
+    [ ! -e "$dir/mon.a.pid" ] || die "mon.a was not stopped"
+    trap 'end KILL mon.a' EXIT
+    launch mon.a
+    ask ceph -c "$dir/ceph.conf" mon stat
+    say "mon.a is back"
+}
+
 [ $# -ge 2 ] || die "$usage"
 dir=$(realpath -m "$2")
 case $1:$# in
@@ -211,6 +221,11 @@ stop:2) kill_all ;;
 stop-osd:2) end TERM osd.0 ;;
 start-osd:2)
     start_osd
+    trap - EXIT
+    ;;
+stop-mon:2) end KILL mon.a ;;
+start-mon:2)
+    start_mon
     trap - EXIT
     ;;
 *) die "$usage" ;;

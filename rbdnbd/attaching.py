@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from rbdnbd import daemon
@@ -19,6 +17,7 @@ from rbdnbd.control import RUN_DIR
 from rbdnbd.devices import NbdDevices
 from rbdnbd.errors import Busy, CookieMismatch, NotMapped, RbdnbdError
 from rbdnbd.fencing import fence
+from rbdnbd.handover import Offer
 from rbdnbd.holdings import Fate, opened, without_cache
 from rbdnbd.image import RbdImage
 from rbdnbd.kernel import Attachment, NbdDriver
@@ -53,33 +52,33 @@ def run_attach(
     assert options.device is not None
     device, index = options.device, driver.devices.index(options.device)
     cookie = _cookie_on(index, driver.devices, options)
+    known = find(cookie, run_dir)
     predecessor = on_device(index, driver.devices, run_dir)
     if predecessor and not take_from_living:
         raise Busy(f"{device} has process {predecessor['id']} connected", errno.EBUSY)
     if spec is None:
-        spec, cluster, options = _as_recorded(find(cookie, run_dir), options)
-
-    end = partial(detach, device, cluster, say=log.info, driver=driver, run_dir=run_dir)
-    options = replace(options, cookie=cookie)
+        spec, cluster, options = _as_recorded(known, options)
+    options = replace(options, cookie=cookie, connections=_connections(known, options))
     without_lock = replace(options, exclusive=False)
     with Fate() as fate, ExitStack() as stack:
         image, trace = opened(stack, life, spec, without_cache(cluster, options), without_lock)
         if predecessor:
-            end()
+            detach(device, cluster, say=log.info, driver=driver, run_dir=run_dir)
         fate.owner = Ownership(cookie, run_dir)
         _succeed(fate.owner.record, image, device)
         if options.exclusive:  # only now: a dead owner is waited for until it is fenced
             life.during(image.lock)
         fate.record(image, cluster, options)
         bind = _reattaching(driver, index, options)
-        live(stack, life, fate, image, trace, options, bind, ready)
+        live(stack, life, fate, image, trace, options, bind, ready, new=False)
 
 
 def _reattaching(driver: NbdDriver, index: int, options: MapOptions) -> Bind:
-    def bind(sock: socket.socket, export: Export, block_size: int) -> Attachment:
+    def bind(offer: Offer, export: Export, block_size: int) -> Attachment:
         return driver.reattach(
             index,
-            sock,
+            offer,
+            options.connections,
             size=export.size - export.size % block_size,
             timeout=options.io_timeout,
             reattach_timeout=options.reattach_timeout,
@@ -102,6 +101,17 @@ def _cookie_on(index: int, devices: NbdDevices, options: MapOptions) -> str:
     return cookie
 
 
+def _connections(record: Record | None, options: MapOptions) -> int:
+    """Return how many connections a device has, which is settled when it is mapped."""
+    if record is None:
+        return options.connections or 1
+    has = int(record.options.get("connections", 1))
+    if options.connections not in (0, has):
+        had = f"{options.device} was mapped with --connections {has}"
+        raise RbdnbdError(f"{had}, and keeps that number")
+    return has
+
+
 def _as_recorded(
     record: Record | None, options: MapOptions
 ) -> tuple[ImageSpec, ClusterOptions, MapOptions]:
@@ -109,8 +119,9 @@ def _as_recorded(
     if record is None:
         raise RbdnbdError(f"nothing is recorded of {options.device}: name the image that it is of")
     layers = tuple((form, file) for form, file in record.options["encryption"])
+    queue = tuple((key, value) for key, value in record.options.get("queue", ()))
     own = {"device": options.device, "trace": options.trace, "trace_data": options.trace_data}
-    known = MapOptions(**record.options | {"encryption": layers} | own)
+    known = MapOptions(**record.options | {"encryption": layers, "queue": queue} | own)
     return record.spec, record.cluster, known
 
 

@@ -33,21 +33,32 @@ def start(
     say: Callable[[str], None],
     seconds: float = START_SECONDS,
     program: Sequence[str] = PROGRAM,
+    inherited: Sequence[int] = (),
 ) -> dict[str, str]:
     """Run a command in the background and return the fields it reported when ready.
 
     As `Child`, and then `Child.ready`.
     """
-    return Child(arguments, program).ready(say, seconds)
+    return Child(arguments, program, inherited).ready(say, seconds)
 
 
 class Child:
-    """A process that was just started: `python3 -P PROGRAM ARGUMENTS`."""
+    """A process that was just started: `python3 -P PROGRAM ARGUMENTS`.
 
-    def __init__(self, arguments: Sequence[str], program: Sequence[str] = PROGRAM) -> None:
+    Of our descriptors it has the first three and `inherited`, which are not among the first ten.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        program: Sequence[str] = PROGRAM,
+        inherited: Sequence[int] = (),
+    ) -> None:
         self._reports, theirs = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
         try:
             _keep_descriptors()
+            for descriptor in inherited:
+                os.set_inheritable(descriptor, True)
             self._pid = os.posix_spawn(
                 sys.executable,
                 [sys.executable, "-P", *program, *arguments],

@@ -23,7 +23,10 @@ class Buffers:
         if not free:
             return bytearray(length)
         self.kept -= length
-        return free.pop()
+        buffer = free.pop()
+        if not free:  # a size that nobody may ever ask for again
+            del self._free[length]
+        return buffer
 
     def give_back(self, buffer: bytearray) -> None:
         """Keep a buffer for the next request of its size."""

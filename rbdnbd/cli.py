@@ -192,7 +192,8 @@ def serve(
 
     Needs neither root nor a kernel driver. A client may ask for the export by the image's name or
     by the empty name. TCP is neither encrypted nor authenticated: keep it on loopback, which is
-    the default, or in a network that you trust.
+    the default, or in a network that you trust. A client that does not end in time what it has
+    begun is hung up on; an idle one may stay.
     """
     if (path is None) == (address is None):
         raise click.UsageError("say where to listen: --socket PATH or --listen HOST:PORT")

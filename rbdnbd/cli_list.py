@@ -20,7 +20,7 @@ def list_mapped(style: str) -> None:
     else:
         import json
 
-        keys = (*KEYS, "size", "read_only", "attached_by", "since")
+        keys = (*KEYS, "size", "read_only", "attached_by", "connections", "since")
         click.echo(json.dumps([{key: document[key] for key in keys} for document in documents]))
 
 

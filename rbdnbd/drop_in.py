@@ -5,8 +5,8 @@ option by option, what is the same. Results go to stdout. A refusal is one sente
 `rbd-nbd: …`, and status 1; there is no other. Where a sentence of rbd-nbd's is known to callers,
 ours is translated into it by its kind, in the process where it arises.
 
-map and attach start themselves again in the background, with the words as they were typed, and
-print the device when it is live.
+map and attach start themselves again in the background, with the words as they were typed (but a
+key, which others could read there), and print the device when it is live.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Final, NoReturn
 import rbdnbd
 from rbdnbd import background, daemon
 from rbdnbd.devices import NbdDevices
-from rbdnbd.drop_in_args import DEVICE, Request, parse
+from rbdnbd.drop_in_args import DEVICE, Request, has_value, parse
 from rbdnbd.errors import (
     CookieMismatch,
     DeviceBusy,
@@ -33,6 +33,7 @@ from rbdnbd.errors import (
     RbdnbdError,
 )
 from rbdnbd.listing import listing
+from rbdnbd.secrecy import begin_anew, handed_key, handed_on, take_key
 from rbdnbd.settings import take_settings
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="rbd-nbd: %(message)s")
     request = Request(command="")
     try:
-        request = parse(sys.argv[1:], os.environ, take_settings)
+        request = parse(_words(), os.environ, take_settings)
         _run(request)
         sys.exit(0)
     except RbdnbdError as error:
@@ -102,6 +103,14 @@ def main() -> NoReturn:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush fails, too
         _fail(str(error), error.errno or 0)
+
+
+def _words() -> list[str]:
+    """Return the words of the command line, with a key that nobody else can see in them."""
+    words, key = take_key(sys.argv[1:], has_value)
+    if key:
+        begin_anew("rbdnbd.drop_in", words, key)
+    return [*(("--key", key) if (key := handed_key()) else ()), *words]
 
 
 def sentence(error: RbdnbdError, request: Request) -> str:
@@ -182,7 +191,10 @@ def _begin(request: Request) -> None:
         return
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_by_signal)
-    fields = background.start(sys.argv[1:], _say, program=("-m", "rbdnbd.drop_in"))
+    with handed_on(dict(request.cluster.settings).get("key", "")) as inherited:
+        fields = background.start(
+            sys.argv[1:], _say, program=("-m", "rbdnbd.drop_in"), inherited=inherited
+        )
     _print(_device_line(request, fields["X_RBDNBD_DEVICE"], fields["X_RBDNBD_COOKIE"]))
 
 

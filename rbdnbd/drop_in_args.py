@@ -56,6 +56,11 @@ _RANGES: Final = {
 _ENTITY: Final = re.compile(r"(auth|mon|osd|mds|mgr|client)\..*")
 
 
+def has_value(word: str) -> bool:
+    """Tell whether the word behind this one is its value."""
+    return _SHORT.get(word, word.replace("_", "-")) in _VALUES
+
+
 class Refusal(RbdnbdError):
     """A command line that cannot be followed, in rbd-nbd's words."""
 

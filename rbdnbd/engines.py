@@ -10,7 +10,7 @@ from typing import Final
 
 from rbdnbd.image import RbdImage
 from rbdnbd.trace import Trace
-from rbdnbd.transmission import Engine, traced
+from rbdnbd.transmission import Engine, of_one_image
 
 _SWITCH_SECONDS: Final = 0.2
 """Workers hold the interpreter for microseconds and let go of it by themselves. Those that wait for
@@ -24,10 +24,10 @@ def engine(image: RbdImage, trace: Trace | None) -> Iterator[Engine]:
         from rbdnbd.server import threads
 
         sys.setswitchinterval(_SWITCH_SECONDS)
-        yield traced(threads(image), trace)
+        yield of_one_image(threads(image), trace)
         return
     from rbdnbd.events import EventConnection
     from rbdnbd.loop import Loop
 
     with Loop(image.polled) as loop:
-        yield traced(partial(EventConnection, loop), trace)
+        yield of_one_image(partial(EventConnection, loop), trace)

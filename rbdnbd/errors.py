@@ -29,8 +29,11 @@ class RbdnbdError(Exception):
 
 def image_error(number: int, text: str) -> OSError:
     """Return the `OSError` for what librbd failed with while serving."""
-    blocklisted = number == errno.ESHUTDOWN  # librados.hpp calls it EBLOCKLISTED
-    return OSError(number, f"this client is blocklisted: {text}" if blocklisted else text)
+    reasons = {
+        errno.ESHUTDOWN: "this client was blocklisted, or its lock broken",  # EBLOCKLISTED
+        errno.EROFS: "another client keeps the lock, or the image is open read-only",
+    }
+    return OSError(number, f"{reasons[number]}: {text}" if number in reasons else text)
 
 
 class UsageError(RbdnbdError):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from rbdnbd.distrust import REPLIES, Peer, cost
 from rbdnbd.loop import Loop
 from rbdnbd.receiving import Performance, Receiving
-from rbdnbd.transmission import WORKERS, failure, short_read, shut_down
+from rbdnbd.transmission import WORKERS, short_read, shut_down
 from rbdnbd.wire import (
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
@@ -75,7 +75,11 @@ class EventConnection(Receiving):
         self._left.set()
 
     def proceed(self, readable: bool, now: float) -> int | None:
-        """Receive, start, send; return the events to wait for, None when all is over."""
+        """Receive, start, send; return the events to wait for, None when all is over.
+
+        After what was sent last it is looked whether there is room for what was received before:
+        nothing else may come that would have it looked for.
+        """
         self._starved = False
         self._send()
         try:
@@ -85,11 +89,11 @@ class EventConnection(Receiving):
             while len(self._rest) >= REQUEST_SIZE and self._has_room() and not self._ended:
                 self._take_rest(now)
                 self._send()
-        except BlockingIOError:
-            pass
+        except BlockingIOError:  # before a whole request, or in a payload: there is no rest
+            self._send()
         except (OSError, EOFError, MemoryError, ProtocolError) as error:
             self._hear_no_more(error)
-        self._send()
+            self._send()
         if self._ended and not self._owes():
             return None
         if self._peer:
@@ -101,9 +105,9 @@ class EventConnection(Receiving):
         """Reply to what was performed, or flush first if that is asked for."""
         request = performance.request
         if isinstance(result, Exception):
-            self._reply(performance, failure(request, result), now)
+            self._reply(performance, self.failure(request, result), now)
         elif request.type == CMD_READ:
-            error = 0 if result == request.length else failure(request, short_read(result))
+            error = 0 if result == request.length else self.failure(request, short_read(result))
             self._reply(performance, error, now)
         elif request.flags & CMD_FLAG_FUA and request.type != CMD_FLUSH and not performance.written:
             performance.written = True
@@ -127,7 +131,7 @@ class EventConnection(Receiving):
         try:
             begin(performance)
         except Exception as cause:  # an answer is owed whatever happens, and it is not success
-            self._reply(performance, failure(performance.request, cause), now)
+            self._reply(performance, self.failure(performance.request, cause), now)
 
     def _perform(self, performance: Performance) -> None:
         flags, command, _, offset, length = performance.request

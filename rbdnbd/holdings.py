@@ -13,6 +13,7 @@ from rbdnbd.image import RbdImage
 from rbdnbd.life import Life
 from rbdnbd.opening import open_image
 from rbdnbd.record import Ownership, Record
+from rbdnbd.secrecy import keep_no_core
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ def opened(
 ) -> tuple[RbdImage, Trace | None]:
     """Open the trace and the image, which is flushed and closed when the stack unwinds.
 
-    Main thread, which does something else `meanwhile`.
+    Main thread, which does something else `meanwhile`. What opens an image, keys and passphrases,
+    is in this process's memory from then on.
     """
+    keep_no_core()
     trace = None
     if options.trace:
         from rbdnbd.trace import tracing

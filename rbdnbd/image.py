@@ -31,6 +31,7 @@ class RbdImage:
 
     `cluster` are the options that it was opened with, `image_id` what stays the same when it is
     renamed, `address` this process's own as a client of the cluster, for a successor's `fence`.
+    `gone` says so when the image, or its snapshot, was removed (`header.watching`).
     An image that was opened for the event loop has `polled`, which takes its requests: the blocking
     calls for reading and changing data are not there.
     """
@@ -54,13 +55,36 @@ class RbdImage:
         self.address = client_address(self.polled.addresses if self.polled else client.get_addrs())
         self.handle = self._image = cast("rbd.Image", image)
         self.client = client
+        self.gone = ""
+        self._opened_size, self._lost = image.size(), 0  # as the header has it, encrypted or not
         self._failure = rbd.Error
         self._thick = rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
 
     def size(self) -> int:
-        """Return the size in bytes as it is now, also after a resize by another client."""
+        """Return the size in bytes as it is now, also after a resize by another client.
+
+        Of a read-only image, librbd sees no resize: it shrinks when `shrink_to` is told, and never
+        grows.
+        """
         try:
-            return self._image.size()
+            return self._image.size() - self._lost
+        except self._failure as error:
+            raise _as_oserror(error) from error
+
+    def shrink_to(self, size: int | None) -> None:
+        """Hear the size in bytes that the header has; None for a snapshot's, which never changes.
+
+        What lies beyond is gone, and librbd would read zeroes there.
+        """
+        if self.read_only and size is not None:
+            self._lost = max(0, self._opened_size - size)
+
+    def snap_id(self) -> int | None:
+        """Return the id of the snapshot that was opened; None for the image itself."""
+        if self.spec.snap_id is not None or not self.spec.snap:
+            return self.spec.snap_id
+        try:
+            return self._image.snap_get_id(self.spec.snap)
         except self._failure as error:
             raise _as_oserror(error) from error
 

@@ -1,28 +1,28 @@
-"""The life of a block device: attach a socket to /dev/nbdN, give it another server, resize it.
+"""The life of a block device: attach sockets to /dev/nbdN, give it another server, resize it.
 
-A socket is attached by netlink where the kernel's family "nbd" exists (a device that lives on its
+Sockets are attached by netlink where the kernel's family "nbd" exists (a device that lives on its
 own), else by ioctl (a device that lives as long as a thread of ours). Either way the kernel sends
 its first request when someone opens the device, which `attach` does, because that is when
-partitions are looked for: the other end of the socket must be answered by then.
+partitions are looked for: the other ends of the sockets must be answered by then.
 
 A device that was attached by netlink outlives its server: to leave it, close the server's end of
 the socket and do not call `disconnect`. What is asked of it then waits for `reattach`, as long as
 the reattach timeout allows, and fails with EIO afterwards; the device stays, and can even then be
 attached again or released. What the server had been sent and had not answered waits for a timer
-(`blockqueue.expect_successor`) that finds a successor, or for a disconnect, which fails it.
+(`blockqueue.SUCCESSOR_MILLISECONDS`) that finds a successor, or for a disconnect, which fails it.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import select
 import socket
 import time
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Final, Literal
 
-from rbdnbd.errors import Busy, CookieMismatch, NoFreeDevice, NotMapped, RbdnbdError
+from rbdnbd.errors import CookieMismatch, NoFreeDevice, NotMapped, RbdnbdError
+from rbdnbd.handover import Offer, hand_over
 from rbdnbd.ioctl import DoIt, opened
 from rbdnbd.modprobe import load_driver
 from rbdnbd.netlink import Connect, NbdFamily, Reconfigure
@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 # All in seconds.
 LIVE_LIMIT: Final = 10.0  # for an attached device to show its pid and size
 BUSY_LIMIT: Final = 5.0  # for whoever has a free device open, udev after an unmap for one
-REATTACH_PAUSES: Final = (0.0, 0.02, 0.08)
-"""For the kernel to see that the last server has gone, which a thread of its own finds out."""
 
 
 class NbdDriver(Releaser):
@@ -49,8 +47,7 @@ class NbdDriver(Releaser):
 
     def attach(
         self,
-        sock: socket.socket,
-        *,
+        *socks: socket.socket,
         size: int,
         block_size: int,
         flags: int,
@@ -60,19 +57,20 @@ class NbdDriver(Releaser):
         cookie: str | None = None,
         use_ioctl: bool = False,
     ) -> Attachment:
-        """Attach the kernel's end of a socket pair; return when the device can be used.
+        """Attach the kernel's ends of socket pairs; return when the device can be used.
 
-        `size` and `block_size` are bytes (a block: 512, 1024, 2048 or 4096; the rest of `size`
-        beyond whole blocks is out of reach), `flags` the transmission flags, `timeout` seconds for
-        a request (None or 0: for ever). Without `device`, as in "/dev/nbd0", a free one is taken.
+        Several need netlink and CAN_MULTI_CONN. `size` and `block_size` are bytes (a block: 512,
+        1024, 2048 or 4096; the rest of `size` beyond whole blocks is out of reach), `flags` the
+        transmission flags, `timeout` seconds for a request (None or 0: for ever). Without `device`,
+        as in "/dev/nbd0", a free one is taken.
         Netlink only: `reattach_timeout`, seconds for which requests wait for another server when
         this one has gone (None or 0: they fail at once), and `cookie`, the backend identifier.
-        `sock` is closed in any case, or the server would never see its end.
+        The sockets are closed in any case, or the server would never see its end.
         Errors: RbdnbdError, and the device is free again.
         """
-        with sock:
+        with ExitStack() as stack:
             connect = Connect(
-                sockets=(sock.fileno(),),
+                sockets=tuple(stack.enter_context(each).fileno() for each in socks),
                 size=size - size % block_size,
                 block_size=block_size,
                 flags=flags,
@@ -91,7 +89,8 @@ class NbdDriver(Releaser):
     def reattach(
         self,
         index: int,
-        sock: socket.socket,
+        offer: Offer,
+        count: int = 1,
         *,
         size: int,
         timeout: int | None,
@@ -100,9 +99,10 @@ class NbdDriver(Releaser):
     ) -> Attachment:
         """Give a device whose server has gone another one; its requests go on at once or soon.
 
-        Block size, transmission flags and read-only state stay what `attach` made them, and so does
-        a timeout that is None. `size` in bytes, both timeouts in seconds; `cookie` must be the
-        device's own. `sock` is closed in any case; its other end must be answered already.
+        `count` is how many sockets it was attached with, each of which gets a successor. Block
+        size, transmission flags and read-only state stay what `attach` made them, and so does a
+        timeout that is None. `size` in bytes, both timeouts in seconds; `cookie` must be the
+        device's own.
         Requests that wait to be sent go on at once. Those that the last server had been sent and
         has not answered are sent again when their timers run out; it may have performed them. A
         server that shuts down only its reading (SHUT_RD) can still read what it was sent, but
@@ -111,17 +111,15 @@ class NbdDriver(Releaser):
         Errors: RbdnbdError, and the device is as it was: not attached, or by ioctl, another cookie,
         or a server that lives.
         """
-        with sock:
-            self._check_cookie(index, cookie)
-            attachment = Attachment(self, index)
-            request = Reconfigure(
-                index=index,
-                backend_identifier=cookie,
-                sockets=(sock.fileno(),),
-                timeout=timeout,
-                dead_conn_timeout=reattach_timeout,
-            )
-            self._hand_over(request, sock)
+        self._check_cookie(index, cookie)
+        attachment = Attachment(self, index)
+        request = Reconfigure(
+            index=index,
+            backend_identifier=cookie,
+            timeout=timeout,
+            dead_conn_timeout=reattach_timeout,
+        )
+        hand_over(self.devices.path(index), self.family(), request, offer, count)
         attachment.resize(size)
         return attachment
 
@@ -136,32 +134,10 @@ class NbdDriver(Releaser):
         if found != cookie:
             raise CookieMismatch(f"cookie mismatch: {device} has another one", errno.EINVAL)
 
-    def _hand_over(self, request: Reconfigure, sock: socket.socket) -> None:
-        """Send RECONFIGURE and close the socket; raise unless the kernel has taken it.
-
-        The kernel takes it once it has noticed that the last server is gone, and says nothing if
-        it has not yet. Sent again it does nothing to a device that has taken it. What it has taken
-        stays registered when we close it (epoll(7), question 6).
-        Source: nbd_reconnect_socket (ENOSPC), nbd_genl_reconfigure, Linux 6.1.
-        """
-        device, family = self.devices.path(request.index), self.family()
-        if family is None:
-            raise RbdnbdError(f"cannot attach {device} again: the kernel has no netlink for nbd")
-        try:
-            with family, select.epoll() as watch:
-                watch.register(sock, select.EPOLLOUT)
-                for pause in REATTACH_PAUSES:
-                    time.sleep(pause)
-                    family.reconfigure(request)
-                sock.close()
-                watched = Path(f"/proc/self/fdinfo/{watch.fileno()}").read_text()
-        except OSError as error:
-            raise refusal(f"attach {device} again", error) from error
-        if "tfd:" not in watched:
-            raise Busy(f"{device} still has a server: end that first", errno.EBUSY)
-
     def _connect(self, connect: Connect, *, use_ioctl: bool) -> Attachment:
         family = None if use_ioctl else self.family()
+        if family is None and len(connect.sockets) > 1:
+            raise RbdnbdError("several connections need netlink, which this kernel has not for nbd")
         if family is None:
             return self._attach_by_ioctl(connect)
         with family:
@@ -253,7 +229,8 @@ class Attachment:
         """Give the device a new size in bytes, less what is beyond whole blocks, in use or not.
 
         The kernel may wait until every request in flight is answered: call this from a thread that
-        answers none. Errors: RbdnbdError, with ENODEV for a device that is released.
+        answers none. Whoever opens the device next looks for partitions, so it is opened once while
+        somebody answers. Errors: RbdnbdError, with ENODEV for a device that is released.
         Source: nbd_set_size, Linux 6.1; it waits in 6.12 (queue_limits_commit_update_frozen).
         """
         devices, index = self._driver.devices, self.index
@@ -265,9 +242,23 @@ class Attachment:
             return
         try:
             self._set_size(whole, block_size)
+            with opened(devices.path(index)):
+                pass
         except OSError as error:
             raise refusal(f"resize {self.device}", error) from error
         log.info("%s has %d bytes now", self.device, whole)
+
+    def replace(self, offer: Offer) -> None:
+        """Give the device another socket for one of several that it has hung up on, by netlink.
+
+        Errors: RbdnbdError, with ENODEV for a device that is released; `Busy`, and nothing is
+        done, for one whose sockets are all alive.
+        """
+        devices, index = self._driver.devices, self.index
+        if self.released():
+            raise NotMapped(f"{self.device} is not attached", errno.ENODEV)
+        request = Reconfigure(index=index, backend_identifier=devices.backend(index))
+        hand_over(devices.path(index), self._driver.family(), request, offer, 1)
 
     def disconnect(self, flush_limit: float | None = None) -> None:
         """Release the device if it is still ours, in use or not.

@@ -14,6 +14,7 @@ import logging
 import socket
 import threading
 import time
+from dataclasses import replace
 from typing import Final
 
 from rbdnbd.distrust import Distrust
@@ -29,6 +30,8 @@ CLIENTS: Final = 1024
 """Connections at once; a further client waits in the listening socket's backlog."""
 _SAY_SECONDS: Final = 60.0
 _WATCH_SECONDS: Final = 1.0
+_LINES: Final = 30
+"""About clients' ends, in `_SAY_SECONDS`: whoever comes again and again fills no log."""
 
 
 class Listener:
@@ -53,7 +56,8 @@ class Listener:
         self._distrust = distrust or Distrust()
         self._most = clients
         self._places = threading.BoundedSemaphore(clients)
-        self._said = -_SAY_SECONDS
+        self._said = self._since = -_SAY_SECONDS
+        self._lines = 0
         self._lock = threading.Lock()
         self._clients: dict[threading.Thread, socket.socket | Transmission] = {}
         self._past = Stats()
@@ -88,6 +92,14 @@ class Listener:
         self._stopped.set()
         self._watcher.join()
         self._sock.close()
+
+    def resize(self, size: int) -> None:
+        """Hold requests against a new size, in bytes, which clients that come are told."""
+        with self._lock:
+            self._export = replace(self._export, size=size)
+            for client in self._clients.values():
+                if not isinstance(client, socket.socket):
+                    client.resize(size)
 
     def stats(self) -> Stats:
         """Return the figures of all connections, past and present."""
@@ -155,13 +167,14 @@ class Listener:
             connection.distrust(self._distrust)
             with self._lock:
                 self._clients[this] = connection
+                connection.resize(self._export.size)  # if it has changed meanwhile
                 if self._stopping:
                     return
             if reason := connection.serve():
-                log.info("a client's connection ended: %s", reason)
+                self._tell("a client's connection ended: %s", reason)
             self._settle()
         except (OSError, EOFError, ProtocolError) as error:
-            log.info("a client did not get through the handshake: %s", error)
+            self._tell("a client did not get through the handshake: %s", error)
         finally:
             sock.close()
             with self._lock:
@@ -169,6 +182,17 @@ class Listener:
                 if connection:
                     self._past.add(connection.stats)
             self._places.release()
+
+    def _tell(self, text: str, why: object) -> None:
+        """Log what became of a client, and what is left out, if there are too many of them."""
+        with self._lock:
+            if time.monotonic() - self._since > _SAY_SECONDS:
+                more, self._lines, self._since = self._lines - _LINES, 0, time.monotonic()
+                if more > 0:
+                    log.info("%d more clients ended like that", more)
+            self._lines += 1
+            if self._lines <= _LINES:
+                log.info(text, why)
 
     def _settle(self) -> None:
         """Make stable what a client that is gone has written."""

@@ -96,7 +96,8 @@ class Loop:
 
     def __enter__(self) -> Loop:
         self._epoll.register(self._wake, select.EPOLLIN)
-        self._epoll.register(self.image.fileno(), select.EPOLLIN)
+        # Each write to an eventfd is an edge, whether or not it is read (epoll(7)).
+        self._epoll.register(self.image.fileno(), select.EPOLLIN | select.EPOLLET)
         self._thread.start()
         return self
 
@@ -155,7 +156,6 @@ class Loop:
                 for member in self._members.values():
                     touched.setdefault(member, False)
             else:
-                os.eventfd_read(number)
                 for operation, result in self.image.finished():
                     operation.finish(result, now)
                     touched.setdefault(operation.member, False)

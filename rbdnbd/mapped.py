@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -28,9 +29,17 @@ Say = Callable[[str], None]
 
 EXIT_SECONDS: Final = 120.0
 """Time for an unmapped or detached image's process to answer, flush and close."""
-FORCED_FLUSH_SECONDS: Final = 10.0
+FORCED_FLUSH_SECONDS: Final = 3.0
 """Time for a device that is taken by force to write what is not written yet."""
+FORCED_SECONDS: Final = 5.0
+"""Time for all of that and for the process to end, which is killed then."""
+_KILL_SECONDS: Final = 10.0
+_LEAST_SECONDS: Final = 0.5
+_HANGS_AFTER: Final = 2.0
+SETTLE_SECONDS: Final = 10.0
+"""Time for a process that is attaching or leaving a device to answer, or to be gone."""
 _SAY_AFTER: Final = 3.0
+_POLL_SECONDS: Final = 0.05
 
 
 def mapped(devices: NbdDevices, run_dir: Path = RUN_DIR) -> list[Document]:
@@ -45,12 +54,10 @@ def on_device(index: int, devices: NbdDevices, run_dir: Path = RUN_DIR) -> Docum
     return found[0] if found else None
 
 
-def orphan(index: int, devices: NbdDevices, run_dir: Path = RUN_DIR) -> Record | None:
-    """Return the record of a device that a process of ours has left, or was killed on."""
+def recorded(index: int, devices: NbdDevices, run_dir: Path = RUN_DIR) -> Record | None:
+    """Return the record of a device that a process of ours has, has left or was killed on."""
     cookie = devices.backend(index) if devices.connected(index) is not None else None
-    if cookie is None or owned(cookie, run_dir):
-        return None
-    return find(cookie, run_dir)
+    return None if cookie is None else find(cookie, run_dir)
 
 
 def left_behind(
@@ -86,11 +93,13 @@ def unmap(
 ) -> None:
     """End the mapping of a device or image; return when the device is free and its process gone.
 
-    Without `force` a device that is mounted or otherwise held is refused. `say` is told what takes
-    long. Raises `RbdnbdError`.
+    Without `force` a device that is mounted or otherwise held is refused. With it a cluster that
+    does not answer is not waited for: the process is killed. `say` is told what takes long, and
+    what is lost. Raises `RbdnbdError`.
     """
+    deadline = time.monotonic() + FORCED_SECONDS
     index = _index_of(target, cluster, driver.devices, run_dir)
-    document, record = _whose(index, driver.devices, run_dir, anyones=force)
+    document, owner = _whose(index, driver.devices, run_dir, anyones=force)
     with ExitStack() as stack:
         if document:
             gone = stack.enter_context(daemon.watching(document["id"]))
@@ -100,14 +109,35 @@ def unmap(
         slow.start()
         stack.callback(slow.cancel)
         limit = FORCED_FLUSH_SECONDS if force else None
-        if record:
+        if owner or (force and document and _hangs(document)):
             limit = 0.0  # nobody is there to write to
+        if owner:
+            stack.enter_context(_removed_at_the_end(owner))
         driver.release(index, force=force, flush_limit=limit)
         slow.cancel()
-        if record:
-            Ownership(record.cookie, run_dir).remove()
-        if document:
+        if document and force:
+            _end_by_force(document, gone, deadline, say, run_dir)
+        elif document:
             _await_exit(document, gone, say, "is free")
+
+
+def _hangs(document: Document) -> bool:
+    """Tell whether a mapping waits for the cluster."""
+    return any(each["seconds"] > _HANGS_AFTER for each in document["in_flight"])
+
+
+def _end_by_force(
+    document: Document, gone: Callable[[float], bool], deadline: float, say: Say, run_dir: Path
+) -> None:
+    """Kill the process of a device that is free, unless it ends by itself before the deadline."""
+    if gone(max(_LEAST_SECONDS, deadline - time.monotonic())):
+        return
+    pid, spec = document["id"], spec_of(document)
+    say(f"process {pid} cannot flush and close {spec}: it is killed, its newest writes may be lost")
+    os.kill(pid, signal.SIGKILL)
+    if not gone(_KILL_SECONDS):
+        raise RbdnbdError(f"{document['device']} is free, but process {pid} cannot be killed")
+    Ownership(document["cookie"], run_dir).remove()
 
 
 def detach(
@@ -172,12 +202,12 @@ def _index_of(
     living = {
         devices.index(each["device"]) for each in mapped(devices, run_dir) if spec_of(each) == spec
     }
-    left = {
+    known = {
         index
         for index in devices.indexes()
-        if (record := orphan(index, devices, run_dir)) and record.spec == spec
+        if (record := recorded(index, devices, run_dir)) and record.spec == spec
     }
-    found = sorted(living | left)
+    found = sorted(living | known)
     shown = str(spec) if spec.snap_id is None else f"{spec}@{spec.snap_id}"
     if not found:
         raise NotMapped(f"{shown} is not mapped")
@@ -189,18 +219,50 @@ def _index_of(
 
 def _whose(
     index: int, devices: NbdDevices, run_dir: Path, *, anyones: bool
-) -> tuple[Document | None, Record | None]:
-    """Return the live mapping of a device, or the record of a dead one's; refuse a stranger's."""
-    device, pid = devices.path(index), devices.connected(index)
-    if pid is None:
-        raise NotMapped(f"{device} is not mapped")
-    if document := on_device(index, devices, run_dir):
-        return document, None
-    if record := orphan(index, devices, run_dir):
-        return None, record
-    if anyones:
-        return None, None
-    raise RbdnbdError(
-        f"{device} is connected, but no rbdnbd process answers for it (process {pid} attached "
-        "it): --force disconnects it all the same"
-    )
+) -> tuple[Document | None, Ownership | None]:
+    """Return the live mapping of a device, or what a dead one's has left; refuse a stranger's.
+
+    A process that has the device but does not answer, because it is just attaching or leaving it,
+    is waited for, unless it is to be `anyones`.
+    """
+    device, deadline = devices.path(index), time.monotonic() + SETTLE_SECONDS
+    while (pid := devices.connected(index)) is not None:
+        if document := on_device(index, devices, run_dir):
+            return document, None
+        cookie = devices.backend(index)
+        if cookie is not None and (owner := _inherited(cookie, run_dir)):
+            return None, owner
+        if anyones:
+            return None, None
+        if cookie is None or not owned(cookie, run_dir) or time.monotonic() > deadline:
+            raise RbdnbdError(
+                f"{device} is connected, but no rbdnbd process answers for it (process {pid} "
+                "attached it): --force disconnects it all the same"
+            )
+        time.sleep(_POLL_SECONDS)
+    raise NotMapped(f"{device} is not mapped")
+
+
+def _inherited(cookie: str, run_dir: Path) -> Ownership | None:
+    """Own the record of a process that is gone, so that nobody attaches its device meanwhile."""
+    if find(cookie, run_dir) is None:
+        return None
+    try:
+        owner = Ownership(cookie, run_dir)
+    except Busy:
+        return None
+    if owner.record is None:  # removed just now, and made anew by us
+        owner.remove()
+        return None
+    return owner
+
+
+@contextmanager
+def _removed_at_the_end(owner: Ownership) -> Iterator[None]:
+    """Remove a record when its device is free, and leave it if it cannot be freed."""
+    try:
+        yield
+    except BaseException:
+        owner.give_up()
+        raise
+    owner.remove()

@@ -24,8 +24,7 @@ from rbdnbd.record import Ownership
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 
 if TYPE_CHECKING:
-    import socket
-
+    from rbdnbd.handover import Offer
     from rbdnbd.kernel import Attachment
     from rbdnbd.live import Bind, Ready
     from rbdnbd.wire import Export
@@ -47,7 +46,8 @@ def run_mapping(
     load_driver(NbdDevices(), nbds_max=options.nbds_max, max_part=options.max_part)
     endure()
     life = Life()
-    options = replace(options, cookie=options.cookie or str(uuid.uuid4()))
+    cookie = options.cookie or str(uuid.uuid4())
+    options = replace(options, cookie=cookie, connections=options.connections or 1)
     with ExitStack() as stack:
         fate = stack.enter_context(Fate(Ownership(options.cookie, run_dir)))
         fate.device_is_ours()
@@ -56,7 +56,8 @@ def run_mapping(
         from rbdnbd.live import live
 
         fate.record(image, cluster, options)
-        live(stack, life, fate, image, trace, options, _attaching(options), ready)
+        bind = _attaching(options)
+        live(stack, life, fate, image, trace, options, bind, ready, new=True)
 
 
 def _import_the_rest() -> None:
@@ -93,9 +94,9 @@ def run_mapping_or_attach(
 def _attaching(options: MapOptions) -> Bind:
     from rbdnbd.kernel import NbdDriver
 
-    def bind(sock: socket.socket, export: Export, block_size: int) -> Attachment:
+    def bind(offer: Offer, export: Export, block_size: int) -> Attachment:
         return NbdDriver().attach(
-            sock,
+            *(offer() for _ in range(options.connections)),
             size=export.size,
             block_size=block_size,
             flags=export.flags,

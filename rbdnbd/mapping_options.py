@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from rbdnbd.blockqueue import SETTINGS, parse_settings
 from rbdnbd.errors import UsageError
 from rbdnbd.options import Command, text_option, with_options
 from rbdnbd.spec import MapOptions
@@ -24,6 +25,8 @@ def mapping_options(command: Command) -> Command:
         quiesce_hook: str,
         formats: tuple[str, ...],
         files: tuple[str, ...],
+        connections: int | None,
+        settings: tuple[str, ...],
         **kwargs: Any,
     ) -> Any:
         if len(formats) != len(files):
@@ -33,8 +36,17 @@ def mapping_options(command: Command) -> Command:
             block_size=int(block_size or 0),
             quiesce_hook=quiesce_hook if quiesce else "",
             encryption=tuple(zip(formats, map(os.path.abspath, files), strict=True)),
+            connections=connections or 0,
+            queue=parse_settings(settings),
             **plain,
         )
+        if options.connections > 1 and options.use_ioctl:
+            raise UsageError("several --connections need netlink: leave out --ioctl")
+        if options.connections > 1 and options.io_timeout:
+            raise UsageError(
+                "with several --connections the kernel repeats a request that takes long,"
+                " it does not give up: leave out --io-timeout"
+            )
         return command(*args, options=options, **kwargs)
 
     return with_options(_MAPPING_OPTIONS, trace_options(wrapped))
@@ -121,6 +133,19 @@ _MAPPING_OPTIONS = (
         multiple=True,
         metavar="FILE",
         help="The passphrase, one file for each format.",
+    ),
+    click.option(
+        "--connections",
+        type=click.IntRange(1, 16),
+        metavar="N",
+        help="Sockets for the kernel, each with a hardware queue.  [default: 1]",
+    ),
+    click.option(
+        "--queue",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=f"A setting of the device's queue: {', '.join(SETTINGS)}.",
     ),
 )
 

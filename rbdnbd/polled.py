@@ -63,6 +63,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {  # the result, then the argum
     "rbd_get_features": (*_ACTION, POINTER(c_uint64)),
     "rbd_stat": (*_ACTION, c_void_p, c_size_t),
     "rbd_snap_set_by_id": (*_ACTION, c_uint64),
+    "rbd_snap_get_id": (*_ACTION, c_char_p, POINTER(c_uint64)),
     "rbd_lock_acquire": (*_ACTION, c_int),
     "rbd_lock_get_owners": (*_ACTION, POINTER(c_int), POINTER(c_char_p), POINTER(c_size_t)),
     "rbd_lock_break": (*_ACTION, c_int, c_char_p),
@@ -95,6 +96,7 @@ class PolledImage:
             self.addresses = self._addresses()
             self._undo = undo.pop_all()
         self._operations: dict[int, Operation] = {}
+        self._ends: dict[int, int] = {}  # of writes under way
         self._completions = (c_void_p * _AT_ONCE)()
         self._completion = c_void_p()
         functions = bind(_PROTOTYPES)
@@ -119,8 +121,9 @@ class PolledImage:
             self._forget(completion, result)
 
     def start_write(self, operation: Operation, offset: int, data: bytes | bytearray) -> None:
-        """Write all of `data`."""
+        """Write all of `data`, or it is found to have failed: librbd cuts it off at the end."""
         completion = self._expect(operation)
+        self._ends[completion] = offset + len(data)
         memory = data if isinstance(data, bytes) else byref(c_char.from_buffer(data))
         result = self._write(self._image, offset, len(data), memory, completion)
         if result < 0:
@@ -147,9 +150,12 @@ class PolledImage:
         count = _AT_ONCE
         while count == _AT_ONCE:
             count = self._poll(self._image, self._completions, _AT_ONCE)
+            size = self.size()
             for completion in self._completions[: max(count, 0)]:
                 assert completion is not None
                 result = self._result(completion)
+                if self._ends.pop(completion, 0) > size and result >= 0:
+                    result = -errno.EINVAL
                 self._release(completion)
                 failed = image_error(-result, os.strerror(-result)) if result < 0 else result
                 done.append((self._operations.pop(completion), failed))
@@ -164,6 +170,7 @@ class PolledImage:
 
     def _forget(self, completion: int, result: int) -> NoReturn:
         del self._operations[completion]
+        self._ends.pop(completion, None)
         self._release(completion)
         raise image_error(-result, os.strerror(-result))
 
@@ -211,6 +218,12 @@ class PolledImage:
     def set_snap_by_id(self, number: int) -> None:
         """Read a snapshot from now on."""
         self._call("rbd_snap_set_by_id", number)
+
+    def snap_get_id(self, name: str) -> int:
+        """Return the id of a snapshot."""
+        number = c_uint64()
+        self._call("rbd_snap_get_id", name.encode(), byref(number))
+        return number.value
 
     def flush(self) -> None:
         """Make stable what was finished before."""

@@ -81,6 +81,12 @@ def relenting(proc: Path = _PROC) -> Iterator[None]:
                 _set_io_flusher(True)
 
 
+def raise_file_limit() -> None:
+    """Let this process have as many open files as it may: every client of a server is one."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _set_io_flusher(on: bool) -> None:
     """Make the calling thread an IO flusher, or an ordinary one."""
     if _prctl(_PR_SET_IO_FLUSHER, int(on)) < 0:

@@ -53,7 +53,7 @@ class Ownership:
             run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = _locked(self._path)
         except BlockingIOError as error:
-            raise Busy(f"another process serves the mapping with the cookie {cookie}") from error
+            raise Busy(f"another process has the mapping with the cookie {cookie}") from error
         except OSError as error:
             message = f"cannot write {self._path}: {error.strerror}"
             raise RbdnbdError(message, error.errno or 0) from error

@@ -31,10 +31,10 @@ from rbdnbd.transmission import (
     Engine,
     Image,
     Transmission,
-    failure,
     short_read,
     shut_down,
 )
+from rbdnbd.turn import Turn
 from rbdnbd.wire import (
     CMD_DISC,
     CMD_FLAG_FUA,
@@ -82,10 +82,9 @@ class Connection(Transmission):
         self._image = image
         self._limit = workers
         self._workers: list[threading.Thread] = []
-        self._busy: set[int] = set()
         self._in_flight: dict[Performance, None] = {}
         self._unsent: deque[Performance] = deque()
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._sending = threading.Lock()
         self._changed = threading.Event()
 
@@ -117,7 +116,15 @@ class Connection(Transmission):
         self._changed.set()
 
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
+        call = Turn.call()
+        while True:
+            self._turn.take(call)
+            try:
+                taken = self._take()
+            finally:
+                self._turn.pass_on()
+            if taken is None:
+                return
             self._answer(*taken)
             del taken  # an idle worker holds on to no payload
 
@@ -128,38 +135,35 @@ class Connection(Transmission):
         if not performance.error:
             performance.error, performance.data = self._perform(request, payload)
         self._reply(performance)
-        self._busy.discard(threading.get_ident())
 
     def _take(self) -> tuple[Performance, bytes] | None:
-        """Wait for the reading turn and read one request; None when there will be no more."""
-        with self._turn:
-            if self._ended:
+        """Read one request in the reading turn; None when there will be no more."""
+        if self._ended:
+            return None
+        performance = None
+        try:
+            request = parse_request(self._header())
+            if request.type == CMD_DISC:
+                if self.trace:
+                    self.trace.request(request)
+                self._ended = True
                 return None
-            performance = None
-            try:
-                request = parse_request(self._header())
-                if request.type == CMD_DISC:
-                    if self.trace:
-                        self.trace.request(request)
-                    self._ended = True
-                    return None
-                if not self._has_memory(request):
-                    self._ended = True
-                    return None
-                performance = Performance(request, time.monotonic())
-                self._in_flight[performance] = None
-                payload = self._payload(request) if request.type == CMD_WRITE else b""
-            except (OSError, EOFError, MemoryError, ProtocolError) as error:
-                if performance:
-                    del self._in_flight[performance]
-                self._end(error)
+            if not self._has_memory(request):
+                self._ended = True
                 return None
-            if self.trace:
-                self.trace.request(request, payload)
-            self._busy.add(threading.get_ident())
-            if len(self._busy) == len(self._workers) < self._limit:
-                self._add_worker()
-            return performance, payload
+            performance = Performance(request, time.monotonic())
+            self._in_flight[performance] = None
+            payload = self._payload(request) if request.type == CMD_WRITE else b""
+        except (OSError, EOFError, MemoryError, ProtocolError) as error:
+            if performance:
+                del self._in_flight[performance]
+            self._end(error)
+            return None
+        if self.trace:
+            self.trace.request(request, payload)
+        if len(self._workers) < self._limit and not self._turn.is_waited_for():
+            self._add_worker()
+        return performance, payload
 
     def _header(self) -> bytes:
         """Wait for the next request; it has begun with its first byte."""
@@ -211,7 +215,7 @@ class Connection(Transmission):
         try:
             return 0, perform(self._image, request, payload)
         except Exception as error:  # an answer is owed whatever happens, and it is not success
-            return failure(request, error), b""
+            return self.failure(request, error), b""
 
     def _reply(self, performance: Performance) -> None:
         """Send one reply, and all others that are ready, unless another worker does."""
@@ -221,7 +225,9 @@ class Connection(Transmission):
             if not self._sending.acquire(wait):
                 return
             try:
-                if ready := self._ready():
+                if len(self._unsent) == 1:  # as it mostly is
+                    self._send([self._unsent.popleft()])
+                elif ready := self._ready():
                     self._send(ready)
             finally:
                 self._sending.release()

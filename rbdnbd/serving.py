@@ -9,10 +9,13 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
 from rbdnbd.engines import engine
+from rbdnbd.header import watching
 from rbdnbd.holdings import opened
 from rbdnbd.life import Life
 from rbdnbd.listener import Listener
-from rbdnbd.live import await_end
+from rbdnbd.live import await_end, leave_if_gone
+from rbdnbd.pressure import raise_file_limit
+from rbdnbd.resize import following
 from rbdnbd.spec import ClusterOptions, ImageSpec, MapOptions
 from rbdnbd.wire import Export, transmission_flags
 
@@ -33,6 +36,7 @@ def run_server(
 
     `ready` is told the socket and the export's name. Main thread. Raises as `run_mapping` does.
     """
+    raise_file_limit()
     life = Life()
     with ExitStack() as stack:
         image, trace = opened(stack, life, spec, cluster, options)
@@ -43,6 +47,9 @@ def run_server(
         listener = Listener(sock, image, export, connect)
         listener.start()
         stack.callback(listener.stop, DRAIN_SECONDS)
+        stack.enter_context(following(image.size, export.size, lambda size: None, listener.resize))
+        stack.callback(leave_if_gone, image)
+        stack.enter_context(watching(image, lambda: life.ended(image.gone)))
         log.info("%s is served on %s", image.spec, sock.getsockname())
         ready(sock, export.name)
-        await_end(life, str(image.spec))
+        await_end(life, str(image.spec), image)

@@ -76,7 +76,9 @@ class MapOptions:
     0: for ever), `reattach_timeout` seconds for which the kernel keeps a device whose server is
     gone. `cookie` "" stands for a new one. `encryption` is a row of (format, passphrase file), the
     image's own first, then its ancestors'. `quiesce_hook` is the program to run around snapshots,
-    "" for none. `io_engine` is "threads" or "events". `trace` is the file for a trace, "" for none.
+    "" for none. `io_engine` is "threads" or "events". `connections` is how many sockets the kernel
+    is given (0: one, or as many as the device has). `queue` are settings of the device's queue,
+    (key, value), instead of ours. `trace` is the file for a trace, "" for none.
     """
 
     read_only: bool = False
@@ -93,5 +95,7 @@ class MapOptions:
     quiesce_hook: str = ""
     encryption: tuple[tuple[str, str], ...] = ()
     io_engine: str = "threads"
+    connections: int = 0
+    queue: tuple[tuple[str, str], ...] = ()
     trace: str = ""
     trace_data: bool = False

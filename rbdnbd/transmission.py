@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import select
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -27,6 +29,8 @@ WORKERS: Final = 128
 """Requests of one connection in flight: the kernel's queue depth (nbd.c, tag_set.queue_depth)."""
 
 _DRAIN_INTERVAL: Final = 0.005
+_LASTING: Final = {errno.ESHUTDOWN, errno.EROFS}
+_SAY_SECONDS: Final = 60.0
 
 
 class Image(Protocol):
@@ -52,6 +56,23 @@ class Image(Protocol):
         """Make the range read as zeroes; with `no_hole` its space stays allocated."""
 
 
+class Lasting:
+    """What requests of one image fail with for as long as it lasts: said once a minute."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def is_news(self, number: int) -> bool:
+        """Tell whether an errno has not been said for a minute; then it is, by the caller."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._said.get(number, -_SAY_SECONDS) < _SAY_SECONDS:
+                return False
+            self._said[number] = now
+            return True
+
+
 class Transmission(ABC):
     """One client in the transmission phase, on a connected stream socket closed at the end.
 
@@ -63,9 +84,12 @@ class Transmission(ABC):
         self.export = export
         self.trace: Trace | None = None
         """Told of every request and every reply; set before `serve`."""
+        self.lasting = Lasting()
+        """What has been said of the image, with those who serve it too; set before `serve`."""
         self._sock = sock
         self._ended = False
         self._reason = ""
+        self._lost = False
         self._peer: Peer | None = None
 
     def distrust(self, distrust: Distrust) -> None:
@@ -118,6 +142,17 @@ class Transmission(ABC):
         """Tell whether no further request will be read."""
         return self._ended
 
+    def hung_up(self) -> bool:
+        """Tell whether the peer has hung up, even if what it sent before is not read yet."""
+        if self._lost:
+            return True
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except ValueError:  # closed by us
+            return False
+
     @abstractmethod
     def _owes(self) -> bool:
         """Tell whether a reply has yet to be sent."""
@@ -125,39 +160,48 @@ class Transmission(ABC):
     def _look_up(self) -> None:  # noqa: B027
         """Have whoever serves see what has changed, if the socket does not tell."""
 
+    def failure(self, request: Request, error: Exception) -> int:
+        """Log why a request failed and return the NBD error that answers it, never 0.
+
+        When this client was blocklisted, or another one keeps the lock, requests fail from then on:
+        that is said once a minute, not of each.
+        """
+        if isinstance(error, OSError):
+            number, cause = nbd_error(error.errno or errno.EIO), str(error)
+        elif isinstance(error, MemoryError):
+            number, cause = nbd_error(errno.ENOMEM), "out of memory"
+        else:
+            number, cause = nbd_error(errno.EIO), repr(error)
+        lasting = error.errno if isinstance(error, OSError) and error.errno in _LASTING else None
+        if lasting is None:
+            where = f"{request.length} bytes at {request.offset}"
+            log.error("%s of %s failed: %s", request.name, where, cause)
+        elif self.lasting.is_news(lasting):
+            log.error("requests of %s fail from now on: %s", self.export.name, cause)
+        return number
+
     def _end(self, error: Exception) -> None:
         if not self._ended:
             self._ended = True
             self._reason = str(error)
+            self._lost = isinstance(error, EOFError | ConnectionError)
 
 
 Engine = Callable[[socket.socket, Export], Transmission]
 """Makes what serves a client on a connected socket, for an image that it knows."""
 
 
-def traced(engine: Engine, trace: Trace | None) -> Engine:
-    """Return an engine whose connections write a trace."""
+def of_one_image(engine: Engine, trace: Trace | None) -> Engine:
+    """Return an engine whose connections write one trace, and say together what lasts."""
+    lasting = Lasting()
 
     def connect(sock: socket.socket, export: Export) -> Transmission:
         connection = engine(sock, export)
         connection.trace = trace
+        connection.lasting = lasting
         return connection
 
     return connect
-
-
-def failure(request: Request, error: Exception) -> int:
-    """Log why a request failed and return the NBD error that answers it, never 0."""
-    if isinstance(error, OSError):
-        number, cause = nbd_error(error.errno or errno.EIO), str(error)
-    elif isinstance(error, MemoryError):
-        number, cause = nbd_error(errno.ENOMEM), "out of memory"
-    else:
-        number, cause = nbd_error(errno.EIO), repr(error)
-    log.error(
-        "%s of %d bytes at %d failed: %s", request.name, request.length, request.offset, cause
-    )
-    return number
 
 
 def short_read(length: int) -> OSError:

@@ -123,7 +123,7 @@ def parse_request(data: bytes | memoryview, position: int = 0) -> Request:
     magic, flags, command, cookie, offset, length = _REQUEST.unpack_from(data, position)
     if magic != REQUEST_MAGIC:
         raise ProtocolError(f"expected request magic {REQUEST_MAGIC:#x}, got {magic:#x}")
-    return Request(flags, command, cookie, offset, length)
+    return Request._make((flags, command, cookie, offset, length))
 
 
 def pack_request(request: Request) -> bytes:
@@ -159,7 +159,7 @@ def validate(request: Request, export: Export) -> int:
     writes = command in _WRITES
     if writes and export.flags & FLAG_READ_ONLY:
         return NBD_EPERM
-    if needs & ~export.flags or flags & ~_legal_flags(command, export.flags):
+    if needs & ~export.flags or (flags and flags & ~_legal_flags(command, export.flags)):
         return NBD_EINVAL
     if command == CMD_FLUSH:
         return NBD_EINVAL if offset or length else 0

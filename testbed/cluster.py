@@ -84,6 +84,14 @@ class ThrowAwayCluster(Cluster, ABC):
         """Start the OSD again and return when it serves the pool."""
         self._recipe("start-osd")
 
+    def stop_monitor(self) -> None:
+        """Kill the monitor: who is connected to the OSD goes on."""
+        self._recipe("stop-mon")
+
+    def start_monitor(self) -> None:
+        """Start the monitor again and return when it answers."""
+        self._recipe("start-mon")
+
     @abstractmethod
     def _start(self, undo: ExitStack) -> None:
         """Start the daemons and set `conf` and `address`; leave what undoes it in `undo`."""

@@ -25,6 +25,8 @@ KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet panic=-1 oops=panic nowatchdog mitigations=off net.ifnames=0"
     " random.trust_cpu=on audit=0"
 )
+POSSIBLE_PROCESSORS = 4
+"""The guest may switch on as many; those that are off cost nothing, and nbd counts them."""
 KVM_PROBE_SECONDS = 10.0
 
 
@@ -46,16 +48,18 @@ class Port:
 def machine(
     kernel: Kernel, initrd: Path, accelerator: str, memory: str, processors: int
 ) -> list[str]:
-    """Return QEMU's arguments for the processor, the memory and the kernel."""
+    """Return QEMU's arguments for the processors, of which so many are on, memory and kernel."""
     if shutil.which(QEMU) is None:
         raise Unavailable(f"{QEMU} is not installed: install qemu-system-x86")
     cpu = "host" if accelerator == "kvm" else "max"
+    possible = max(processors, POSSIBLE_PROCESSORS)
+    arguments = f"{KERNEL_ARGUMENTS} maxcpus={processors}"
     return [
         QEMU,
         *("-accel", "kvm" if accelerator == "kvm" else "tcg,thread=multi"),
-        *("-cpu", cpu, "-smp", str(processors), "-m", memory),
+        *("-cpu", cpu, "-smp", str(possible), "-m", memory),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-kernel", str(kernel.image), "-initrd", str(initrd), "-append", KERNEL_ARGUMENTS),
+        *("-kernel", str(kernel.image), "-initrd", str(initrd), "-append", arguments),
     ]
 
 

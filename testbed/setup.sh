@@ -1,8 +1,8 @@
 #!/bin/sh
-# Install what `make demo`, `make test` or `make bench` needs on a Debian machine: packages, and a virtual
+# Install what `make demo`, `make test`, `make fuzz` or `make bench` needs on a Debian machine: packages, and a virtual
 # environment in .venv that sees the distribution's rados and rbd. Does nothing that is done.
 #
-#   setup.sh demo|test|bench
+#   setup.sh demo|test|fuzz|bench
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -15,6 +15,7 @@ demo_packages="python3 python3-venv python3-rados python3-rbd
 test_packages="$demo_packages
     file fio libnbd-bin python3-libnbd nbdkit qemu-utils nbd-client nbd-server
     xfsprogs fdisk debootstrap systemd udev procps rbd-nbd"
+fuzz_packages="python3 python3-venv"
 bench_packages="$demo_packages gcc libc6-dev fio qemu-utils qemu-block-extra rbd-nbd"
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
@@ -63,10 +64,15 @@ test)
     install_packages $test_packages
     make_venv test lint
     ;;
+fuzz)
+    # shellcheck disable=SC2086
+    install_packages $fuzz_packages
+    make_venv test lint fuzz
+    ;;
 bench)
     # shellcheck disable=SC2086
     install_packages $bench_packages
     make_venv test lint bench
     ;;
-*) die "usage: setup.sh demo|test|bench" ;;
+*) die "usage: setup.sh demo|test|fuzz|bench" ;;
 esac

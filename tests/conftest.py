@@ -81,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if tier := tier_of(item.path):
             item.add_marker(tier)
+        if places.TORTURE in os.environ and item.get_closest_marker("torture"):
+            item.add_marker(pytest.mark.timeout(places.WHOLE_SECONDS), append=False)
     found = {tier_of(item.path) for item in items}
     required = required_tiers() or frozenset()
     if config.getoption("elsewhere_reports", None):

@@ -7,7 +7,6 @@ fails one test and not all that follow.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -22,14 +21,14 @@ from pathlib import Path
 
 import pytest
 
+from rbdnbd.errors import RbdnbdError
+from rbdnbd.kernel import NbdDriver
 from testbed import places
 from tests.support.rbd_nbd import OURS, STOCK, Run, runner
 from tests.support.waiting import wait_until
 
 DEVICES = 16
 CLEAN_UP_SECONDS = 10
-NBD_CLEAR_SOCK = 0xAB04
-NBD_DISCONNECT = 0xAB08
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -63,6 +62,19 @@ def rbd(ceph_conf: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
+def ceph(ceph_conf: Path) -> Callable[..., str]:
+    """Run Ceph's own ceph command on the cluster and return what it prints."""
+
+    def run(*arguments: str) -> str:
+        argv = ["ceph", "--conf", str(ceph_conf), *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"ceph {' '.join(arguments)}: {done.stderr}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
 def image(rbd: Callable[..., str]) -> Iterator[Callable[..., str]]:
     """Make images with names of their own, `image("64M", "--object-size", "1M")`.
 
@@ -89,7 +101,7 @@ _NUMBERS = itertools.count()
 
 
 @pytest.fixture
-def evict(ceph_conf: Path, rbd: Callable[..., str]) -> Callable[[str], None]:
+def evict(ceph: Callable[..., str], rbd: Callable[..., str]) -> Callable[[str], None]:
     """Blocklist the watchers of an image, whose processes were killed, so that it can be removed.
 
     They would go by themselves after 30 seconds.
@@ -97,8 +109,7 @@ def evict(ceph_conf: Path, rbd: Callable[..., str]) -> Callable[[str], None]:
 
     def evict(spec: str) -> None:
         for watcher in json.loads(rbd("status", "--format", "json", spec))["watchers"]:
-            argv = ["ceph", "--conf", str(ceph_conf), "osd", "blocklist", "add", watcher["address"]]
-            subprocess.run(argv, check=True, capture_output=True)
+            ceph("osd", "blocklist", "add", watcher["address"])
         status = ("status", "--format", "json", spec)
         wait_until(lambda: not json.loads(rbd(*status))["watchers"], 40, "the watchers are gone")
 
@@ -197,13 +208,8 @@ def _clean_up() -> None:
             source, target, *_ = mount.split(" ")
             if re.fullmatch(f"{device}(p[0-9]+)?", source):
                 subprocess.run(["umount", "--lazy", target], check=True)
-        file = os.open(device, os.O_RDONLY)
-        try:
-            for request in (NBD_DISCONNECT, NBD_CLEAR_SOCK):
-                with suppress(OSError):
-                    fcntl.ioctl(file, request)
-        finally:
-            os.close(file)
+        with suppress(RbdnbdError, OSError):  # to open it could wait for a server
+            NbdDriver().disconnect(int(device.removeprefix("/dev/nbd")))
     with suppress(AssertionError):
         wait_until(lambda: not _devices_in_use(), CLEAN_UP_SECONDS, "every device is free again")
     _GIVEN_UP.update(_devices_in_use())

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
+from rbdnbd.control import RUN_DIR
 from tests.kernel.test_map import run
 from tests.support.rbd_nbd import OURS, Done, Run, printed
 from tests.support.waiting import wait_until
@@ -54,6 +57,32 @@ def test_the_io_timeout_is_the_drivers(
     printed(stock("unmap", "/dev/nbd3"))
     for device in ("/dev/nbd4", "/dev/nbd5", "/dev/nbd6"):
         printed(ours("unmap", device))
+
+
+def test_a_key_is_in_no_arguments_list_record_log_or_core(
+    ours: Run, image: MakeImage, ceph_conf: Path, evict: Callable[[str], None], tmp_path: Path
+) -> None:
+    """Seen to fail with a key that the background process gets as it was typed, and without
+    PR_SET_DUMPABLE.
+    """
+    conf, log, cores = ConfigParser(), tmp_path / "log", Path("/proc/sys/kernel/core_pattern")
+    conf.read(ceph_conf)
+    key, spec, pattern = conf["client.admin"]["key"], image("16M"), cores.read_text()
+    words = ("--keyring", "/nowhere", "--key", key, "--log-file", str(log), "--debug-rbd", "5")
+    device = printed(ours("map", spec, *words)).strip()
+    listed = printed(ours("list-mapped", "--format", "json"))
+    server = json.loads(listed)[0]["id"]
+    told = [listed, log.read_text(), *(file.read_text() for file in RUN_DIR.glob("*.json"))]
+    told += [Path(f"/proc/{server}/{name}").read_text() for name in ("cmdline", "environ")]
+    cores.write_text(f"{tmp_path}/core")
+    resource.prlimit(server, resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
+    os.kill(server, signal.SIGABRT)
+    wait_until(lambda: not Path(f"/proc/{server}").exists(), 30, "the process is gone")
+    cores.write_text(pattern)
+    ours("unmap", device)
+    evict(spec)
+    assert [text for text in told if key in text] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
 
 
 def test_after_the_reattach_timeout_requests_fail(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rbdnbd.blockqueue import expect_successor
+from rbdnbd.blockqueue import SUCCESSOR_MILLISECONDS, set_timer
 from rbdnbd.errors import Busy, CookieMismatch, NotMapped, RbdnbdError
 from rbdnbd.kernel import Attachment, NbdDriver
 from tests.support.direct_io import DirectIO
@@ -51,7 +51,7 @@ def attach() -> Iterator[Callable[..., Attachment]]:
     def make(sock: socket.socket, reattach_timeout: int = 30, **options: object) -> Attachment:
         given = {"size": SIZE, "block_size": 512, "flags": 5, "cookie": "c"} | options
         attachment = DRIVER.attach(sock, reattach_timeout=reattach_timeout, **given)  # type: ignore[arg-type]
-        expect_successor(DRIVER.devices, attachment.index)
+        set_timer(DRIVER.devices, attachment.index, SUCCESSOR_MILLISECONDS)
         made.append(attachment)
         return attachment
 
@@ -62,9 +62,9 @@ def attach() -> Iterator[Callable[..., Attachment]]:
 
 def reattach(index: int, sock: socket.socket, size: int = SIZE, cookie: str = "c") -> Attachment:
     attachment = DRIVER.reattach(
-        index, sock, size=size, timeout=None, reattach_timeout=30, cookie=cookie
+        index, lambda: sock, size=size, timeout=None, reattach_timeout=30, cookie=cookie
     )
-    expect_successor(DRIVER.devices, index)
+    set_timer(DRIVER.devices, index, SUCCESSOR_MILLISECONDS)
     return attachment
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from tests.kernel.conftest import Command
 from tests.kernel.test_take_over import requests, succeed, verified_io
-from tests.support.host_services import Systemd, install, systemd, udevd
+from tests.support.host_services import CGROUP, Systemd, install, systemd, udevd
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("nbd_module")
@@ -95,6 +96,24 @@ def test_the_unit_maps_with_the_capabilities_that_it_names_and_nothing_is_refuse
         assert found
         assert int(found[1], 16) == CAPABILITIES
     assert not re.search("WARNING|ERROR", log_file.read_text())
+
+
+def test_the_unit_opens_no_disk_and_gains_no_privilege(
+    unit: str, machine: Systemd, tmp_path: Path
+) -> None:
+    """Seen to fail without DevicePolicy, and without SystemCallFilter."""
+    disk = tmp_path / "disk"
+    os.mknod(disk, 0o600 | stat.S_IFBLK, os.makedev(7, 0))  # a loop device, perhaps unbound
+    status = Path(f"/proc/{server()}/status").read_text()
+    assert re.search(r"^NoNewPrivs:\s*1$", status, re.MULTILINE)
+    calls = machine.show(unit, "SystemCallFilter").split()
+    assert "ioctl" in calls
+    assert "kexec_load" not in calls
+    group = CGROUP / machine.show(unit, "ControlGroup").lstrip("/")
+    enter = 'echo $$ >"$0/cgroup.procs" && exec dd of=/dev/null count=1 "if=$1"'
+    argv = ["sh", "-c", enter, group, disk]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert f"failed to open '{disk}': Operation not permitted" in done.stderr
 
 
 def test_after_kill_9_the_unit_goes_on_with_the_same_device_and_io_without_an_error(

@@ -227,3 +227,16 @@ def test_map_or_attach_maps_goes_on_after_a_kill_9_and_refuses_a_living_process(
     wait_until(lambda: succeed(rbdnbd("list-mapped")) == "", 20, "it is not listed any more")
     assert succeed(rbdnbd("map", "--or-attach", spec)) == device
     succeed(rbdnbd("unmap", device))
+
+
+def test_a_device_that_was_resized_and_left_is_unmapped_at_once(
+    rbdnbd: Command, image: MakeImage, rbd: Rbd
+) -> None:
+    """Seen to fail with a resize that left it to the next opener to look for partitions."""
+    spec = image("16M")
+    device = succeed(rbdnbd("map", spec, "--reattach-timeout", "300"))
+    sectors = Path(f"/sys/block/{Path(device).name}/size")
+    rbd("resize", "--no-progress", "--size", "24M", spec)
+    wait_until(lambda: int(sectors.read_text()) == 24 * 2048, 15, "24 MiB")
+    succeed(rbdnbd("detach", device))
+    succeed(rbdnbd("unmap", device, timeout=60))

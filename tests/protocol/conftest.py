@@ -13,7 +13,7 @@ import pytest
 from rbdnbd.addresses import listen_tcp, listen_unix, uri
 from rbdnbd.listener import Listener
 from rbdnbd.trace import Trace
-from rbdnbd.transmission import WORKERS, traced
+from rbdnbd.transmission import WORKERS, of_one_image
 from tests.support.client import RawClient
 from tests.support.memory import MemoryImage
 from tests.support.polled import ENGINES, engine
@@ -83,7 +83,7 @@ def connect(stack: ExitStack, engine_name: str) -> Callable[..., Pair]:
         trace: Trace | None = None,
     ) -> Pair:
         ours, theirs = socket.socketpair()
-        connect = traced(stack.enter_context(engine(engine_name, image, workers)), trace)
+        connect = of_one_image(stack.enter_context(engine(engine_name, image, workers)), trace)
         connection = connect(ours, export_of(image, read_only=read_only))
         pair = Pair(connection, stack.enter_context(RawClient(theirs)))
         stack.callback(pair.ended)

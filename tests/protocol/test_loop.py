@@ -43,6 +43,22 @@ def test_a_loop_that_ends_takes_its_connections_along(stack):
     assert pair.ended() == "the event loop has ended"
 
 
+def test_a_request_that_waits_for_room_is_taken_when_a_full_socket_has_room_a_moment_later(
+    monkeypatch, stack
+):
+    """A device hung for ever. Seen to fail with replies sent once more behind the last look."""
+    image = MemoryImage(4096)
+    ours, theirs = socket.socketpair()
+    client = stack.enter_context(RawClient(theirs))
+    loop = stack.enter_context(Loop(stack.enter_context(polled(image))))
+    connection = EventConnection(loop, ours, export_of(image), limit=1)
+    send, full = connection._replies.send, iter([True])
+    monkeypatch.setattr(connection._replies, "send", lambda: next(full, False) or send())
+    cookies = [client.request(READ, 0, 512), client.request(READ, 512, 512)]
+    Pair(connection, client)
+    assert [client.reply()[0] for _ in cookies] == cookies
+
+
 def test_a_buffer_is_used_again_for_a_request_of_its_size():
     buffers = Buffers()
     first = buffers.take(4096)

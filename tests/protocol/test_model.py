@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from rbdnbd.trace import tracing
-from rbdnbd.transmission import traced
+from rbdnbd.transmission import of_one_image
 from rbdnbd.wire import Export, transmission_flags
 from tests.support.client import (
     DISC,
@@ -119,7 +119,9 @@ class Interleaved(RuleBasedStateMachine):
         self.path = Path(self.stack.enter_context(TemporaryDirectory())) / "trace"
         trace = self.stack.enter_context(tracing(str(self.path), with_data=True))
         self.image, self.model = HeldImage(SIZE), bytearray(SIZE)
-        connect = traced(self.stack.enter_context(engine(engine_name, self.image, LIMIT)), trace)
+        connect = of_one_image(
+            self.stack.enter_context(engine(engine_name, self.image, LIMIT)), trace
+        )
         self.clients = []
         for _ in range(2):
             ours, theirs = socket.socketpair()

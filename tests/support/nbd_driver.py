@@ -115,8 +115,8 @@ class FakeDriver:
 class FakeFamily:
     """The family "nbd" of a FakeDriver; `refusals` are used up one a CONNECT or RECONFIGURE.
 
-    A RECONFIGURE takes its socket when it comes after `deaf` others, as the kernel does once it has
-    noticed that the last server is gone.
+    A RECONFIGURE takes sockets when it comes after `deaf` others, as the kernel does once it has
+    noticed that the last server is gone, and no more than `dead`, which is how many have ended.
     """
 
     def __init__(self, driver: FakeDriver) -> None:
@@ -127,6 +127,7 @@ class FakeFamily:
         self.disconnects: list[int] = []
         self.missing = False
         self.deaf = 0
+        self.dead = 1
         self.taken: list[int] = []
 
     def __call__(self) -> FakeFamily:
@@ -153,8 +154,9 @@ class FakeFamily:
         self._refuse()
         if request.size is not None:
             self.driver.show(request.index, "size", request.size // 512)
-        if request.sockets and len(self.reconfigures) > self.deaf and not self.taken:
-            self.taken = [os.dup(fd) for fd in request.sockets]
+        if len(self.reconfigures) > self.deaf:
+            left = self.dead - len(self.taken)
+            self.taken += [os.dup(fd) for fd in request.sockets[:left]]
 
     def disconnect(self, index: int) -> None:
         self.disconnects.append(index)

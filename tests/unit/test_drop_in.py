@@ -81,7 +81,7 @@ def started(monkeypatch) -> list[Started]:
     """Have a background process be ready at once; returns what was started."""
     starts: list[Started] = []
 
-    def start(words, say, seconds=0.0, program=()):
+    def start(words, say, seconds=0.0, program=(), inherited=()):
         starts.append(Started(list(words), program))
         return LIVE
 
@@ -317,6 +317,32 @@ def test_an_unknown_option_without_the_bindings_says_what_is_missing(tmp_path):
     assert (done.status, done.out) == (1, "")
     assert done.err.startswith("rbd-nbd: cannot tell whether --zap is an option of Ceph's: its")
     assert done.err.endswith("install python3-rados and python3-rbd\n")
+
+
+def test_a_key_is_not_among_the_arguments_of_the_process_that_goes_on(tmp_path):
+    """Seen to fail with a command that does not begin anew."""
+    (tmp_path / "rados.py").write_text("raise SystemExit(open('/proc/self/cmdline').read())\n")
+    path = f"{tmp_path}:{Path(rbdnbd.__file__).parents[1]}"
+    words = ("map", "x", "--key", "c2VjcmV0", "--cookie", "--key")
+    done = process("-m", "rbdnbd.drop_in", *words, PYTHONPATH=path)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.strip().split("\0")[-5:-1] == ["map", "x", "--cookie", "--key"]
+
+
+def test_a_key_is_handed_to_the_background_process_out_of_sight(run, monkeypatch):
+    """Seen to fail without `handed_on`."""
+
+    def start(words, say, seconds=0.0, program=(), inherited=()):
+        assert str(*inherited) == os.environ["RBDNBD_KEY"]
+        assert os.pread(*inherited, 100, 0) == b"c2VjcmV0"
+        return LIVE
+
+    def take(words):
+        return (("key", "c2VjcmV0"),), ["map", "rbd/img"]
+
+    monkeypatch.setattr(background, "start", start)
+    monkeypatch.setattr(drop_in, "take_settings", take)
+    assert run("map", "rbd/img", "--zap") == (0, "/dev/nbd3\n", "")
 
 
 def test_the_version_is_what_rbd_says(tmp_path):

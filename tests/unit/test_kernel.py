@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from rbdnbd import kernel
+from rbdnbd import handover, kernel
 from rbdnbd.errors import Busy, CookieMismatch, DeviceBusy, NoFreeDevice, NotMapped, RbdnbdError
 from rbdnbd.kernel import Attachment, NbdDriver
 from rbdnbd.netlink import Connect, Reconfigure
@@ -39,7 +41,7 @@ def driver(fake, family):
 def short_limits(monkeypatch):
     for limit in ("LIVE_LIMIT", "BUSY_LIMIT", "RELEASE_LIMIT"):
         monkeypatch.setattr(kernel, limit, 0.1)
-    monkeypatch.setattr(kernel, "REATTACH_PAUSES", (0, 0, 0))
+    monkeypatch.setattr(handover, "REATTACH_PAUSES", (0, 0, 0))
 
 
 @pytest.fixture
@@ -56,6 +58,22 @@ def attach(driver, pair):
         return driver.attach(pair[1], **given)
 
     return attach
+
+
+@pytest.fixture
+def offer():
+    """Make sockets for the kernel; `offered` are our ends of them."""
+    offered: list[socket.socket] = []
+
+    def offer() -> socket.socket:
+        ours, kernels = socket.socketpair()
+        offered.append(ours)
+        return kernels
+
+    offer.offered = offered
+    yield offer
+    for each in offered:
+        each.close()
 
 
 def refused(act: Callable[[], object]) -> RbdnbdError:
@@ -250,23 +268,29 @@ def test_the_driver_is_loaded_once(driver):
 
 
 @pytest.fixture
-def reattach(driver, fake, pair):
+def reattach(driver, fake, offer):
     """Attach device 1 again, which was attached with the cookie "c"."""
 
-    def reattach(**options: object) -> Attachment:
+    def reattach(count: int = 1, **options: object) -> Attachment:
         given = {"size": SIZE, "timeout": None, "reattach_timeout": 30, "cookie": "c"} | options
-        return driver.reattach(1, pair[1], **given)
+        return driver.reattach(1, offer, count, **given)
 
     fake.connect(1, SIZE, backend="c")
     return reattach
 
 
-def test_a_device_is_given_another_server(reattach, family, pair):
-    fd = pair[1].fileno()
+def hung_up(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def test_a_device_is_given_another_server(reattach, family, offer):
     attachment = reattach(timeout=0)
-    assert family.reconfigures[0] == Reconfigure(
-        index=1, backend_identifier="c", sockets=(fd,), timeout=0, dead_conn_timeout=30
+    (sent,) = family.reconfigures
+    assert len(sent.sockets) == 1
+    assert replace(sent, sockets=()) == Reconfigure(
+        index=1, backend_identifier="c", timeout=0, dead_conn_timeout=30
     )
+    assert not hung_up(offer.offered[0])
     assert (attachment.index, attachment.method) == (1, "netlink")
 
 
@@ -275,12 +299,72 @@ def test_a_socket_that_is_not_taken_at_first_is_offered_again(reattach, family):
     assert not reattach().released()
 
 
-def test_a_device_whose_server_lives_is_refused(reattach, family, fake, pair):
+def test_each_connection_of_a_device_gets_a_successor_of_its_own(reattach, family, offer):
+    """Seen to fail with a `hand_over` that is content with the first answer."""
+    family.dead, family.deaf = 4, 1
+    reattach(4)
+    assert [len(each.sockets) for each in family.reconfigures] == [4, 4]
+    assert [hung_up(ours) for ours in offer.offered] == [True] * 4 + [False] * 4
+
+
+def test_connections_that_the_kernel_notices_late_are_given_theirs_later(
+    reattach, family, offer, monkeypatch
+):
+    """Seen to fail with a `hand_over` that offers as many again, whatever was taken."""
+    noticed = iter((1, 3))
+
+    def notice(_: float) -> None:
+        family.dead = next(noticed)
+
+    monkeypatch.setattr(handover.time, "sleep", notice)
+    reattach(3)
+    assert [len(each.sockets) for each in family.reconfigures] == [3, 2]
+    assert [hung_up(ours) for ours in offer.offered] == [False, True, True, False, False]
+
+
+def test_several_sockets_are_attached_with_one_message(driver, family, offer):
+    socks = [offer() for _ in range(3)]
+    numbers = tuple(each.fileno() for each in socks)
+    driver.attach(*socks, size=SIZE, block_size=512, flags=5)
+    assert family.connects[0].sockets == numbers
+    assert all(each.fileno() == -1 for each in socks)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_several_sockets_are_refused_without_netlink(driver, family, offer, missing):
+    family.missing = missing
+    refusal = refused(
+        lambda: driver.attach(
+            offer(), offer(), size=SIZE, block_size=512, flags=5, use_ioctl=not missing
+        )
+    )
+    assert refusal.message == (
+        "several connections need netlink, which this kernel has not for nbd"
+    )
+    assert all(map(hung_up, offer.offered))
+
+
+def test_a_connection_that_the_kernel_has_dropped_is_replaced(attach, family, offer):
+    attachment = attach(cookie="c")
+    attachment.replace(offer)
+    (sent,) = family.reconfigures
+    assert replace(sent, sockets=()) == Reconfigure(index=0, backend_identifier="c")
+    assert not hung_up(offer.offered[0])
+
+
+def test_no_connection_of_a_device_that_is_somebody_elses_is_replaced(attach, fake, family, offer):
+    attachment = attach()
+    fake.connect(0, SIZE, pid=4712)
+    assert isinstance(refused(lambda: attachment.replace(offer)), NotMapped)
+    assert family.reconfigures == []
+
+
+def test_a_device_whose_server_lives_is_refused(reattach, family, fake, offer):
     family.deaf = 1000
     refusal = refused(reattach)
     assert isinstance(refusal, Busy)
     assert refusal.message == f"{fake.devices.path(1)} still has a server: end that first"
-    assert pair[0].recv(1) == b""
+    assert all(map(hung_up, offer.offered))
 
 
 def test_a_device_with_another_cookie_is_left_alone(reattach, family, fake):
@@ -313,17 +397,17 @@ def test_without_netlink_no_device_is_attached_again(reattach, family, fake):
     )
 
 
-def test_a_refused_reattach_is_one_sentence_and_closes_the_socket(reattach, family, fake, pair):
+def test_a_refused_reattach_is_one_sentence_and_closes_the_socket(reattach, family, fake, offer):
     family.refusals = [errno.EPERM]
     assert refused(reattach).message == (
         f"cannot attach {fake.devices.path(1)} again: this needs root (CAP_SYS_ADMIN)"
     )
-    assert pair[0].recv(1) == b""
+    assert all(map(hung_up, offer.offered))
 
 
 def test_a_new_size_comes_after_the_socket_that_answers_meanwhile(reattach, family, fake):
     reattach(size=2 * SIZE + 511)
-    assert [each.size for each in family.reconfigures] == [None, None, None, 2 * SIZE]
+    assert [each.size for each in family.reconfigures] == [None, 2 * SIZE]
     assert fake.devices.size(1) == 2 * SIZE
 
 

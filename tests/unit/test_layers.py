@@ -30,12 +30,14 @@ MAY_IMPORT = {
     "distrust": PURE,
     "transmission": PURE | {"trace", "distrust"},
     "stream": set(),
-    "server": PURE | {"transmission", "stream", "distrust"},
+    "turn": PURE,
+    "server": PURE | {"transmission", "stream", "distrust", "turn"},
     "buffers": PURE,
     "loop": PURE | {"buffers"},
     "receiving": PURE | {"transmission", "distrust", "loop", "buffers"},
     "events": PURE | {"transmission", "distrust", "receiving", "loop", "buffers"},
     "engines": PURE | {"trace", "transmission", "server", "events", "loop", "image"},
+    "connections": PURE | {"transmission"},
     "addresses": PURE,
     "listener": PURE | {"transmission", "distrust"},
     "librbd": PURE,
@@ -47,6 +49,7 @@ MAY_IMPORT = {
     "image": PURE | {"cluster", "encryption", "polled"},
     "opening": PURE | {"cluster", "encryption", "polled", "image"},
     "fencing": PURE | {"cluster", "image"},
+    "header": PURE | {"cluster", "image"},
     "pressure": PURE,
     "hook": PURE | {"image", "librbd", "pressure"},
     "netlink": PURE,
@@ -55,7 +58,8 @@ MAY_IMPORT = {
     "blockqueue": PURE | {"devices"},
     "modprobe": PURE | {"devices"},
     "release": PURE | {"netlink", "ioctl", "devices"},
-    "kernel": PURE | {"netlink", "ioctl", "devices", "modprobe", "release"},
+    "handover": PURE | {"netlink", "release"},
+    "kernel": PURE | {"netlink", "ioctl", "devices", "modprobe", "release", "handover"},
     "control": PURE,
     "record": PURE,
     "resize": PURE,
@@ -63,6 +67,7 @@ MAY_IMPORT = {
     "daemon": PURE | {"background"},
     "logs": PURE | {"daemon", "background"},
     "life": PURE,
+    "secrecy": PURE,
 }
 """What each room below the top may import of ours."""
 
@@ -85,9 +90,9 @@ TOP = {
 """The rooms at the top, which may import everything below them, and what of the top as well."""
 
 ONLY_IN = {
-    "rados": {"cluster", "image", "opening", "settings"},
+    "rados": {"cluster", "header", "image", "opening", "settings"},
     "rbd": {"cluster", "image", "opening", "encryption", "fencing", "polled"},
-    "ctypes": {"librbd", "ioctl", "pressure", "polled"},
+    "ctypes": {"librbd", "ioctl", "pressure", "polled", "secrecy"},
     "fcntl.ioctl": {"ioctl"},
     "resource": {"pressure"},
     "socket.AF_NETLINK": {"netlink"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class Host:
             "snap_id": image.snap_id,
             "device": self.device(index),
             "cookie": f"cookie of {spec}",
+            "in_flight": [],
         }
         self._stack.enter_context(Control(lambda: document, self.run_dir))
 
@@ -241,6 +243,22 @@ def test_a_process_that_keeps_the_image_open_is_said_at_first_and_refused_at_las
     assert not host.connected(0)
 
 
+def test_by_force_a_process_that_does_not_end_is_killed_and_its_record_removed(host, monkeypatch):
+    """Seen to fail without the kill, and without the removal."""
+    monkeypatch.setattr(room, "FORCED_SECONDS", 0.1)
+    host.loses(0, "rbd/vol")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        host.answers(0, "rbd/vol", pid=process.pid)
+        host.unmap("rbd/vol", force=True)
+        assert process.wait(10) == -signal.SIGKILL
+    assert host.said == [
+        f"process {process.pid} cannot flush and close rbd/vol: it is killed, "
+        "its newest writes may be lost"
+    ]
+    assert not host.connected(0)
+    assert not list(host.run_dir.glob("*.json"))
+
+
 def test_only_the_process_of_the_device_that_is_named_is_waited_for(host, monkeypatch):
     monkeypatch.setattr(room, "EXIT_SECONDS", 0)
     host.maps(0, "rbd/vol", pid=os.getpid())
@@ -301,3 +319,64 @@ def test_an_image_that_a_living_process_has_mapped_is_busy(host):
     with pytest.raises(Busy) as refused:
         host.left_behind("rbd/vol")
     assert refused.value.message == f"rbd/vol is mapped to {host.device(2)} by process {GONE}"
+
+
+def test_a_device_that_is_just_being_attached_is_unmapped_when_its_process_answers(
+    host, monkeypatch
+):
+    """Seen to fail ("is not mapped") with devices that were looked for only among those left."""
+    host.loses(0, "rbd/vol")
+    owner = Ownership("cookie of rbd/vol", host.run_dir)
+
+    def owned(cookie: str, run_dir: Path) -> bool:
+        host.answers(0, "rbd/vol")
+        return True
+
+    monkeypatch.setattr(room, "owned", owned)
+    host.unmap("rbd/vol")
+    owner.give_up()
+    assert not host.connected(0)
+
+
+def test_a_process_that_has_a_device_and_does_not_answer_is_refused_at_last(host, monkeypatch):
+    """Seen to fail with devices that were looked for only among those left."""
+    monkeypatch.setattr(room, "SETTLE_SECONDS", 0.1)
+    host.loses(0, "rbd/vol")
+    owner = Ownership("cookie of rbd/vol", host.run_dir)
+    assert "no rbdnbd process answers for it" in host.refusal("rbd/vol")
+    owner.give_up()
+    assert host.connected(0)
+
+
+def test_nobody_attaches_a_device_while_it_is_unmapped(host, monkeypatch):
+    """Seen to fail with a record that was taken when the device was free already."""
+    host.loses(0, "rbd/vol")
+    release = host.driver.release
+
+    def look(*arguments: object, **options: object) -> None:
+        with pytest.raises(Busy):
+            Ownership("cookie of rbd/vol", host.run_dir)
+        release(*arguments, **options)
+
+    monkeypatch.setattr(host.driver, "release", look)
+    host.unmap("rbd/vol")
+    assert list(host.run_dir.iterdir()) == []
+
+
+def test_a_device_that_could_not_be_unmapped_can_still_be_attached(host, monkeypatch):
+    """Seen to fail with a record that was removed whatever came out."""
+    host.loses(0, "rbd/vol")
+    monkeypatch.setattr(
+        "rbdnbd.release.open_device", lambda *_: os.open("/nowhere/at/all", os.O_RDONLY)
+    )
+    host.refusal("rbd/vol")
+    assert Ownership("cookie of rbd/vol", host.run_dir).record is not None
+
+
+def test_a_record_that_is_removed_meanwhile_is_not_made_anew(host, monkeypatch):
+    """Seen to fail with an empty file for which there was no device."""
+    host.loses(0, "rbd/vol")
+    Ownership("cookie of rbd/vol", host.run_dir).remove()
+    monkeypatch.setattr(room, "find", lambda *_: object())
+    assert "no rbdnbd process answers for it" in host.refusal(host.device(0))
+    assert list(host.run_dir.iterdir()) == []
