@@ -48,21 +48,27 @@ from tests.support.trace import dump
 
 SIZE = 128 << 10
 LIMIT = 3  # requests of a connection that are performed at once
-UNTAKEN = 3  # requests of a connection that wait for their turn: they fit into the socket
+UNTAKEN = 2  # requests of a connection that wait for their turn: they fit into the socket
 NAMES = {READ: "read", WRITE: "write", TRIM: "discard", WRITE_ZEROES: "write_zeroes"}
 ERRORS = {0: 0, errno.EIO: EIO, errno.EDQUOT: ENOSPC}
 
-offsets = st.sampled_from([0, 0, 1, 511, 4096, 40_000, SIZE - 600, SIZE - 1, SIZE, 2**64 - 1])
-lengths = st.sampled_from([1, 7, 512, 512, 4096, 40_000, 0])
-commands = st.tuples(
-    st.sampled_from([READ, READ, WRITE, WRITE, WRITE, FLUSH, TRIM, WRITE_ZEROES, 5]),
-    offsets,
-    lengths,
-    st.sampled_from([0, 0, FUA, FUA, NO_HOLE, NO_HOLE | FUA, 0x8000]),
+offsets = st.sampled_from([0, 0, 1, 511, 4096, 40_000, SIZE - 600])
+lengths = st.sampled_from([1, 512, 512, 40_000, 40_000])
+writes = st.tuples(
+    st.sampled_from([WRITE, WRITE, TRIM, WRITE_ZEROES]),
+    *(offsets, lengths, st.sampled_from([0, FUA, FUA])),
 )
+reads = st.tuples(st.just(READ), offsets, lengths, st.just(0))
+anything = st.tuples(
+    st.sampled_from([READ, WRITE, FLUSH, TRIM, WRITE_ZEROES, 5]),
+    st.sampled_from([0, SIZE - 1, SIZE, 2**64 - 1]),
+    st.sampled_from([0, 1, 40_000]),
+    st.sampled_from([0, FUA, NO_HOLE, NO_HOLE | FUA, 0x8000]),
+)
+commands = writes | writes | reads | st.just((FLUSH, 0, 0, 0)) | anything
 bursts = st.lists(st.tuples(st.sampled_from([0, 1]), commands), min_size=1, max_size=4)
 picks = st.lists(st.integers(0, 2 * LIMIT - 1), min_size=1, max_size=4)
-sizes = st.none() | st.none() | st.sampled_from([4096, 40_100, SIZE])
+sizes = st.sampled_from([None, None, SIZE, SIZE, 4096, 40_100])
 failures = st.sampled_from([0, 0, 0, 0, errno.EIO, errno.EDQUOT])
 Answer = tuple[str, int, int]
 
@@ -119,6 +125,7 @@ class Interleaved(RuleBasedStateMachine):
         self.clients = []
         for _ in range(2):
             ours, theirs = socket.socketpair()
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SIZE * 4)
             client = self.stack.enter_context(RawClient(theirs))
             flags = transmission_flags(read_only=False, multi_conn=True)
             pair = Pair(connect(ours, Export("model", SIZE, flags)), client)
@@ -183,9 +190,12 @@ class Interleaved(RuleBasedStateMachine):
         return [asked for client in self.clients for asked in client.taken]
 
     def _like(self, asked: Asked) -> bool:
-        """Tell whether another request in flight asks the image the same, but then goes on."""
+        """Tell whether it could be mistaken for another in flight, where one of them goes on."""
         others = [*self._taken(), *(each for client in self.clients for each in client.untaken)]
-        return any(each.calls[0] == asked.calls[0] and each.calls != asked.calls for each in others)
+        return any(
+            each.calls[0] == asked.calls[0] and len(each.calls) + len(asked.calls) > 2
+            for each in others
+        )
 
     def _perform(self, call: Call, fail: int) -> Iterable[Answer]:
         """Do a call to the image and to the model; return the answer that must come now, if any."""
@@ -231,7 +241,7 @@ class Interleaved(RuleBasedStateMachine):
 
     def _receive(self) -> Answer:
         """Receive one reply, on whichever connection."""
-        ready, _, _ = select.select([each.pair.client.sock for each in self.clients], [], [], 10)
+        ready, _, _ = select.select([each.pair.client.sock for each in self.clients], [], [], 5)
         assert ready, "a reply that is owed does not come"
         client = next(each for each in self.clients if each.pair.client.sock is ready[0])
         cookie, error, data = client.pair.client.reply()
@@ -241,14 +251,18 @@ class Interleaved(RuleBasedStateMachine):
         return asked.answer(error, data)
 
 
+@pytest.mark.timeout(400)  # a failure is made smaller, for five minutes at most
 @pytest.mark.parametrize("engine_name", ENGINES)
 def test_requests_in_flight_on_two_connections_do_what_they_do_to_a_bytearray(engine_name, caplog):
-    """Seen to fail with …"""
+    """Seen to fail with either engine masking errors, flushing for no FUA or for that of writes
+    alone, with the flush of FUA validated again, payloads that stay in the loop's memory, a limit
+    or a resize that is ignored, another's cookie, refused payloads that are left in the stream.
+    """
     caplog.set_level(logging.CRITICAL, "rbdnbd")  # the calls that fail, each with a line
     run_state_machine_as_test(
         lambda: Interleaved(engine_name),
         settings=settings(
-            max_examples=80,
+            max_examples=100,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

@@ -7,6 +7,7 @@ import threading
 from typing import NamedTuple
 
 HOLD_SECONDS = 30
+CALL_SECONDS = 5
 
 
 class Key(NamedTuple):
@@ -42,9 +43,9 @@ class HeldImage:
         self._open = False
 
     def wait_for(self, count: int) -> list[Call]:
-        """Wait until so many calls are held; return them all, by what they ask."""
+        """Wait until so many calls are held; return all that are, in the order of their keys."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._held) >= count, HOLD_SECONDS)
+            self._changed.wait_for(lambda: len(self._held) >= count, CALL_SECONDS)
             return sorted(self._held, key=lambda call: call.key)
 
     def perform(self, call: Call, fail: int = 0) -> None:
