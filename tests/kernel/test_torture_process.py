@@ -93,10 +93,7 @@ def test_kill_9_at_random_moments_loses_no_answered_write_and_the_device_goes_on
     rbd: Rbd,
     tmp_path: Path,
 ) -> None:
-    """Each successor has the other engine.
-
-    Seen to fail with `without_cache` changed so that it leaves rbd_cache on.
-    """
+    """Each successor has the other engine."""
     device = map_image()
     run("mkfs.ext4", "-q", device)
     with mounted(device, tmp_path / "mnt") as mnt:
@@ -124,7 +121,7 @@ def test_sigterm_leaves_every_answered_write_neither_lock_nor_watcher_and_a_devi
     rbd: Rbd,
     tmp_path: Path,
 ) -> None:
-    """Seen to fail with a process that leaves at once and has rbd_cache on."""
+    """What the cluster has then is read by Ceph's own command."""
     device = map_image()
     with Writers(partial(Blocks, device)) as writers:
         for _, random in torture.rounds(short=1, whole=15):
@@ -176,7 +173,7 @@ def test_a_device_attached_by_ioctl_is_released_with_every_answered_write_by(
     rbd: Rbd,
     tmp_path: Path,
 ) -> None:
-    """Seen to fail with a process that leaves at once."""
+    """The writers see errors, and nothing that was answered is missing."""
     for _, random in torture.rounds(short=1, whole=10):
         device = map_image("--ioctl")
         with Writers(partial(Blocks, device)) as writers:
@@ -209,10 +206,7 @@ def test_every_crash_snapshot_mounts_and_holds_all_that_was_fsynced_before_it(
     ceph_conf: Path,
     tmp_path: Path,
 ) -> None:
-    """What a snapshot holds is what a power cut would leave.
-
-    Seen to fail with an image that answers a write a second before it makes it.
-    """
+    """What a snapshot holds is what a power cut would leave."""
     run("modprobe", "loop")
     device = map_image()
     run("mkfs.ext4", "-q", device)
