@@ -30,8 +30,16 @@ if os.environ.get("RBDNBD_BACKGROUND"):
     import rbdnbd.image
     write = rbdnbd.image.RbdImage.write
     def lossy(self, offset, data):
-        if offset // 4096 % 16:
+        if not any(data):
             write(self, offset, data)
+            return
+        end = offset + len(data)
+        while offset < end:
+            piece = min(4096 - offset % 4096, end - offset)
+            page, data = bytes(data[:piece]), data[piece:]
+            if offset // 4096 % 16:
+                write(self, offset, page)
+            offset += piece
     rbdnbd.image.RbdImage.write = lossy
 """
 
