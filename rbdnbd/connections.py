@@ -14,6 +14,7 @@ one process writes to an object.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
@@ -111,6 +112,10 @@ class Connections:
         """Return the figures of all connections, past and present."""
         with self._lock:
             return total([self._past, *(each.transmission.stats for each in self._members)])
+
+    def blocklisted(self) -> bool:
+        """Tell whether requests have failed because this client was blocklisted, for ever."""
+        return any(each.transmission.lasting.has(errno.ESHUTDOWN) for each in self._all())
 
     def resize(self, size: int) -> None:
         """Have requests be held against a new size, in bytes, from now on."""

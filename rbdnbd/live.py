@@ -230,6 +230,7 @@ def _describer(
             "reattach_timeout": options.reattach_timeout,
             "connections": options.connections,
             "since": since,
+            "blocklisted": connections.blocklisted(),
             "stats": connections.stats().as_dict(),
             "in_flight": in_flight,
         }

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -93,9 +94,10 @@ def unmap(
 ) -> None:
     """End the mapping of a device or image; return when the device is free and its process gone.
 
-    Without `force` a device that is mounted or otherwise held is refused. With it a cluster that
-    does not answer is not waited for: the process is killed. `say` is told what takes long, and
-    what is lost. Raises `RbdnbdError`.
+    Without `force` a device is refused that is mounted or otherwise held, or cannot be written out,
+    unless it never can be, because its client was blocklisted. With it a cluster that does not
+    answer is not waited for: the process is killed. `say` is told what takes long, and what is
+    lost. Raises `RbdnbdError`.
     """
     deadline = time.monotonic() + FORCED_SECONDS
     index = _index_of(target, cluster, driver.devices, run_dir)
@@ -103,22 +105,38 @@ def unmap(
     with ExitStack() as stack:
         if document:
             gone = stack.enter_context(daemon.watching(document["id"]))
-        slow = threading.Timer(
-            _SAY_AFTER, say, [f"writing out what {driver.devices.path(index)} caches"]
-        )
-        slow.start()
-        stack.callback(slow.cancel)
         limit = FORCED_FLUSH_SECONDS if force else None
         if owner or (force and document and _hangs(document)):
             limit = 0.0  # nobody is there to write to
         if owner:
             stack.enter_context(_removed_at_the_end(owner))
-        driver.release(index, force=force, flush_limit=limit)
-        slow.cancel()
+        release = partial(driver.release, index, force=force, flush_limit=limit)
+        try:
+            _said_if_slow(release, say, f"writing out what {driver.devices.path(index)} caches")
+        except RbdnbdError:
+            if not _blocklisted(index, driver.devices, run_dir):
+                raise
+            say("this client was blocklisted: what is not written yet is lost")
+            driver.release(index, flush_limit=0.0)
         if document and force:
             _end_by_force(document, gone, deadline, say, run_dir)
         elif document:
             _await_exit(document, gone, say, "is free")
+
+
+def _said_if_slow(action: Callable[[], None], say: Say, what: str) -> None:
+    slow = threading.Timer(_SAY_AFTER, say, [what])
+    slow.start()
+    try:
+        action()
+    finally:
+        slow.cancel()
+
+
+def _blocklisted(index: int, devices: NbdDevices, run_dir: Path) -> bool:
+    """Tell whether the mapping of a device can write nothing any more, however long one waits."""
+    document = on_device(index, devices, run_dir)
+    return document is not None and document.get("blocklisted", False)
 
 
 def _hangs(document: Document) -> bool:

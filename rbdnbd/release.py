@@ -68,8 +68,9 @@ class Releaser:
 
         With `force` neither a holder nor a flush that fails, or takes more than `flush_limit`
         seconds, is an obstacle; a device that is held then is disconnected but not free yet, which
-        is logged. A device without a server cannot be flushed: without `force` this waits for one
-        as long as the device does (its reattach timeout), and refuses then.
+        is logged. With a `flush_limit` of 0.0 no flush is an obstacle. A device without a server
+        cannot be flushed: without either this waits for one as long as the device does (its
+        reattach timeout), and refuses then.
         Errors: RbdnbdError, with ENODEV for a device that is free.
         """
         device = self.devices.path(index)
@@ -118,7 +119,7 @@ class Releaser:
         device = self.devices.path(index)
         flush = self.ioctls.start_flush(opening)
         flush.join(limit)
-        if flush.error and not force:
+        if flush.error and not force and limit != 0.0:
             message = f"cannot flush {device}: {flush.error.strerror}"
             advice = "--force gives up what is not written yet"
             raise RbdnbdError(f"{message} ({advice})", flush.error.errno or errno.EIO)

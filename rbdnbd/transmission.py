@@ -72,6 +72,10 @@ class Lasting:
             self._said[number] = now
             return True
 
+    def has(self, number: int) -> bool:
+        """Tell whether requests have failed with an errno."""
+        return number in self._said
+
 
 class Transmission(ABC):
     """One client in the transmission phase, on a connected stream socket closed at the end.

@@ -98,7 +98,7 @@ def goes_on(loads: list[Load]) -> None:
 def test_io_waits_for_what_is_away_and_goes_on(
     what: str, own: ThrowAwayCluster, loads: list[Load], torture: Torture
 ) -> None:
-    """Seen to fail with `client_mount_timeout` and `rados_osd_op_timeout` of 1 s: errors."""
+    """Seen to fail, without the OSD, with a `rados_osd_op_timeout` of 1 s: errors."""
     seconds = 60.0 if torture.whole else 1.0
     with ExitStack() as back:
         if what != "monitor":

@@ -186,7 +186,6 @@ def test_a_device_attached_by_ioctl_is_released_with_every_answered_write_by(
 def test_io_goes_on_through_stop_and_continue_and_through_a_debugger(
     torture: Torture, map_image: Callable[..., str], spec: str, rbd: Rbd, tmp_path: Path
 ) -> None:
-    """Seen to fail with a device that is attached by ioctl."""
     device = map_image()
     with Writers(partial(Blocks, device)) as writers:
         for _, random in torture.rounds(short=2, whole=50):
