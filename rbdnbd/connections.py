@@ -9,7 +9,8 @@ is merely slow (nbd_xmit_timeout, from Linux 4.12 on). So that a cluster which h
 the device, the kernel gets another connection for each that it hangs up on. While too many requests
 of the old ones are still being performed, that one is not read: however long the cluster hangs,
 what is started has a bound. Done twice, a request does no harm: librbd keeps to the order in which
-one process writes to an object.
+one process writes to an object, and what has been received of a connection that was dropped, but
+not been started, is not started any more.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ class _Member:
 class Connections:
     """All connections of one mapping, for the time of a `with`; any thread may call its methods."""
 
-    def __init__(self, connect: Engine, export: Export, ended: Callable[[str], None]) -> None:
+    def __init__(
+        self, connect: Engine, export: Export, ended: Callable[[str], None], *, several: bool
+    ) -> None:
         """`ended` is told why when none is left; "" is the kernel's goodbye (NBD_CMD_DISC)."""
         self.goodbye = threading.Event()
         self.export = export
-        self._connect, self._tell = connect, ended
+        self._connect, self._tell, self._several = connect, ended, several
         self._lock = threading.Lock()
         self._replacing = threading.Lock()
         self._stopping = threading.Event()
@@ -146,6 +149,7 @@ class Connections:
         ours, kernels = socket.socketpair()
         with self._lock:
             member = _Member(self._connect(ours, self.export))
+            member.transmission.has_siblings = self._several
             self._members.append(member)
         member.thread = threading.Thread(
             target=self._serve, args=(member,), name="nbd-0", daemon=True

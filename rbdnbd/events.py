@@ -116,7 +116,15 @@ class EventConnection(Receiving):
             self._reply(performance, 0, now)
 
     def _start(self, performance: Performance, now: float) -> None:
-        """Validate and start what was asked for, or reply at once why not."""
+        """Validate and start what was asked for, or reply at once why not.
+
+        Raises `EOFError` if nobody waits for it any more.
+        """
+        try:
+            self._hear_if_repeated()
+        except EOFError:
+            del self._performances[performance]
+            raise
         if self.trace:
             self.trace.request(performance.request, performance.data)
         if error := validate(performance.request, self.export):

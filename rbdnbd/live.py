@@ -74,7 +74,9 @@ def live(
     """
     export = _export(image, options)
     connect = stack.enter_context(engine(image, trace))
-    connections = stack.enter_context(Connections(connect, export, life.ended))
+    several = options.connections > 1
+    connections = Connections(connect, export, life.ended, several=several)
+    stack.enter_context(connections)
     daemon.notify(STATUS="attaching the device")
     block_size = options.block_size or (4096 if options.encryption else 512)
     attachment = bind(connections.offer, export, block_size)
@@ -82,7 +84,7 @@ def live(
     stack.callback(leave_if_gone, image, fate)
     stack.callback(_let_go, attachment, connections, options, fate, image)
     stack.enter_context(watching(image, lambda: life.ended(image.gone)))
-    connections.attached(attachment.replace if options.connections > 1 else None)
+    connections.attached(attachment.replace if several else None)
     _set_queue(image, attachment, options, new=new)
     _set_timer(attachment, options)
     _accompany(stack, image, connections, attachment, options, block_size)

@@ -154,6 +154,7 @@ class Connection(Transmission):
             performance = Performance(request, time.monotonic())
             self._in_flight[performance] = None
             payload = self._payload(request) if request.type == CMD_WRITE else b""
+            self._hear_if_repeated()
         except (OSError, EOFError, MemoryError, ProtocolError) as error:
             if performance:
                 del self._in_flight[performance]

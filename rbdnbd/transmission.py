@@ -90,6 +90,8 @@ class Transmission(ABC):
         """Told of every request and every reply; set before `serve`."""
         self.lasting = Lasting()
         """What has been said of the image, with those who serve it too; set before `serve`."""
+        self.has_siblings = False
+        """The peer sends again elsewhere what is not answered when it hangs up; before `serve`."""
         self._sock = sock
         self._ended = False
         self._reason = ""
@@ -156,6 +158,15 @@ class Transmission(ABC):
             return bool(poll.poll(0))
         except ValueError:  # closed by us
             return False
+
+    def _hear_if_repeated(self) -> None:
+        """Raise `EOFError` for a request that was received, but has been sent again elsewhere.
+
+        It must not be performed: the repeated one may have been answered already, and what was
+        written there after that would be overwritten.
+        """
+        if self.has_siblings and self.hung_up():
+            raise EOFError("the peer hung up")
 
     @abstractmethod
     def _owes(self) -> bool:

@@ -45,7 +45,9 @@ def test_a_flush_on_one_connection_covers_what_was_written_on_the_others(
         )
         export = Export(spec, 16 << 20, transmission_flags(read_only=False, multi_conn=True))
         connect = stack.enter_context(engine(served, None))
-        connections = stack.enter_context(Connections(connect, export, lambda reason: None))
+        connections = stack.enter_context(
+            Connections(connect, export, lambda reason: None, several=True)
+        )
         clients = [stack.enter_context(RawClient(connections.offer())) for _ in range(3)]
         connections.attached(None)
         with opened(spec, options, read_only=True) as reader:
