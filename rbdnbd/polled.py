@@ -104,6 +104,7 @@ class PolledImage:
         self._poll = functions["rbd_poll_io_events"]
         self._result = functions["rbd_aio_get_return_value"]
         self._release = functions["rbd_aio_release"]
+        self._get_size, self._size = functions["rbd_get_size"], c_uint64()
         self._read, self._write = functions["rbd_aio_read"], functions["rbd_aio_write"]
 
     # ---- what the loop calls
@@ -150,11 +151,12 @@ class PolledImage:
         count = _AT_ONCE
         while count == _AT_ONCE:
             count = self._poll(self._image, self._completions, _AT_ONCE)
-            size = self.size()
+            if self._ends and self._get_size(self._image, byref(self._size)) < 0:
+                self._size.value = 0  # nobody can say that a write was not cut off: it has failed
             for completion in self._completions[: max(count, 0)]:
                 assert completion is not None
                 result = self._result(completion)
-                if self._ends.pop(completion, 0) > size and result >= 0:
+                if self._ends.pop(completion, 0) > self._size.value and result >= 0:
                     result = -errno.EINVAL
                 self._release(completion)
                 failed = image_error(-result, os.strerror(-result)) if result < 0 else result
