@@ -102,6 +102,11 @@ class Fate:
         """Have the record removed at the end, unless the mapping is detached."""
         self._ours = True
 
+    def forget(self) -> None:
+        """Leave nothing to a successor."""
+        if self.owner is not None:
+            self.owner.remove()
+
     def __enter__(self) -> Fate:
         return self
 

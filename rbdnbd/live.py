@@ -81,7 +81,7 @@ def live(
     block_size = options.block_size or (4096 if options.encryption else 512)
     attachment = bind(connections.offer, export, block_size)
     fate.device_is_ours()
-    stack.callback(leave_if_gone, image, fate)
+    stack.callback(leave_if_gone, image, fate.forget)
     stack.callback(_let_go, attachment, connections, options, fate, image)
     stack.enter_context(watching(image, lambda: life.ended(image.gone)))
     connections.attached(attachment.replace if several else None)
@@ -176,12 +176,14 @@ def _let_go(
         attachment.disconnect(flush_limit=0.0 if connections.ended() or image.gone else None)
 
 
-def leave_if_gone(image: RbdImage, fate: Fate | None = None) -> None:
-    """End the process here if the image was removed: no call of librbd need ever return now."""
+def leave_if_gone(image: RbdImage, undo: Callable[[], None]) -> None:
+    """End the process here if the image was removed: no call of librbd need ever return now.
+
+    `undo` removes what would be left of it.
+    """
     if not image.gone:
         return
-    if fate is not None and fate.owner is not None:
-        fate.owner.remove()
+    undo()
     log.error("%s", image.gone)
     daemon.notify(STATUS=image.gone, ERRNO=errno.ENOENT)
     logging.shutdown()

@@ -213,6 +213,7 @@ def is_gone(served: Gateway, why: str) -> None:
     """Hold that the server ends, with one line that says why."""
     assert served.ended() == 1
     assert len(served.said(f"is gone: {why}")) == 1
+    assert not served.address.exists()
     served.client.take_all()  # perhaps a reply, then the end
 
 
