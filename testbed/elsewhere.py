@@ -14,8 +14,9 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,8 +117,20 @@ class Recorder:
 # ---- outside
 
 
-def run_elsewhere(session: pytest.Session, place: Place, node_ids: Sequence[str]) -> None:
-    """Run the tests named by `node_ids` in `place` and report them to `session`, as they come."""
+def run_elsewhere(session: pytest.Session, work: Iterable[tuple[Place, Sequence[str]]]) -> None:
+    """Run tests, by their node ids, in places side by side; report them to `session` as they come.
+
+    Returns when all have ended, or the session should end, and every place is left.
+    """
+    with ExitStack() as stack:
+        runs = [stack.enter_context(closing(_run(session, *each))) for each in work]
+        while runs and not session.shouldfail:
+            runs = [each for each in runs if next(each, True) is None]
+            time.sleep(POLL_SECONDS)
+
+
+def _run(session: pytest.Session, place: Place, node_ids: Sequence[str]) -> Generator[None]:
+    """Run tests in a place, and go on with reporting whenever it is asked to."""
     reports, selection = place.directory / "reports.jsonl", place.directory / "selection.json"
     reports.write_bytes(b"")
     selection.write_text(json.dumps(list(node_ids)))
@@ -134,7 +147,7 @@ def run_elsewhere(session: pytest.Session, place: Place, node_ids: Sequence[str]
     with ThreadPoolExecutor(1, thread_name_prefix=place.name) as pool, reports.open() as lines:
         future = pool.submit(place.run, arguments, said.put, stop)
         try:
-            _follow(future, replay, _records(lines), said, place.patience)
+            yield from _follow(future, replay, _records(lines), said, place.patience)
         finally:
             stop.set()
     replay.close(future)
@@ -163,12 +176,13 @@ def _follow(
     records: Iterator[list[dict[str, Any]]],
     said: queue.SimpleQueue[str],
     patience: float,
-) -> None:
-    """Replay what comes until the place has ended, or has been silent for too long."""
+) -> Iterator[None]:
+    """Replay what has come until the place has ended, or has been silent for too long."""
     heard = time.monotonic()
     over = False
     while not over:
-        over = bool(wait([future], timeout=POLL_SECONDS).done)
+        yield
+        over = future.done()
         while not said.empty():
             say(replay.session, f"{replay.place}: {said.get()}")
             heard = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,13 +69,18 @@ def rbdnbd_image(say: Callable[[str], None]) -> str:
     return _build("rbdnbd", "trixie", ["--file=docker/Dockerfile"], say)
 
 
+_BUILDING = threading.Lock()
+"""Places that run side by side want the same image: the second finds it unchanged."""
+
+
 def _build(name: str, suite: str, options: list[str], say: Callable[[str], None]) -> str:
-    narrate([str(ROOT / "docker" / "base-image.sh"), suite], say)
-    say(f"{name}: building it, or finding it unchanged")
-    began = time.monotonic()
     proxies = [f"--build-arg={name}" for name in PROXIES]
     # The classic builder or BuildKit, as the engine has it: both understand these.
     build = ["docker", "build", "--network=host", f"--tag={name}", *proxies, *options, str(ROOT)]
-    narrate(build, silent)
+    with _BUILDING:
+        narrate([str(ROOT / "docker" / "base-image.sh"), suite], say)
+        say(f"{name}: building it, or finding it unchanged")
+        began = time.monotonic()
+        narrate(build, silent)
     say(f"{name}: ready after {time.monotonic() - began:.0f} s")
     return name

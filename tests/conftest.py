@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from testbed import places
-from testbed.elsewhere import PlaceLost, report_lost, run_elsewhere, say
+from testbed.elsewhere import Place, PlaceLost, report_lost, run_elsewhere, say
 from tests.support.torture import Torture, torture
 
 TESTS = Path(__file__).resolve().parent
@@ -33,6 +33,8 @@ TIERS = {
 DEBIAN13 = "debian13"
 DEBIAN13_TIERS = ("unit", "protocol", "cluster")
 REQUIRED = "RBDNBD_TIERS"
+VMS = 2
+"""An emulated processor keeps one of the host's busy, and hosts have two."""
 
 
 def required_tiers() -> frozenset[str] | None:
@@ -156,38 +158,47 @@ def plan(
             in_vm.append(item.nodeid)
         elif tier is None or required is None or tier in required:
             here.append(item)
-    elsewhere: list[tuple[MakePlace, list[str]]] = [
-        (places.KernelVM, in_vm),
+    work: list[tuple[MakePlace, list[str]]] = [
+        *((places.KernelVM, part) for part in dealt(in_vm, VMS)),
         (places.Debian13, in_debian13),
     ]
-    return here, [(make, node_ids) for make, node_ids in elsewhere if node_ids]
+    return here, [(make, node_ids) for make, node_ids in work if node_ids]
+
+
+def dealt(node_ids: Sequence[str], count: int) -> list[list[str]]:
+    """Deal tests out to so many places, file by file."""
+    files = list(dict.fromkeys(each.partition("::")[0] for each in node_ids))
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for node_id in node_ids:
+        parts[files.index(node_id.partition("::")[0]) % count].append(node_id)
+    return parts
 
 
 def run_places(session: pytest.Session, work: Sequence[tuple[MakePlace, Sequence[str]]]) -> None:
-    """Run every place with one cluster between them."""
-    with ExitStack() as stack:
-        try:
-            conf = stack.enter_context(places.ceph_conf(lambda line: say(session, line)))
-        except PlaceLost as error:
-            for make, node_ids in work:
-                report_lost(session, make.name, node_ids, str(error))
-            return
-        for make, node_ids in work:
-            run_place(session, make, conf, node_ids)
-            if session.shouldfail:
-                raise session.Failed(session.shouldfail)
+    """Run all places side by side, each with a cluster of its own; in turn, if one was given.
 
-
-def run_place(
-    session: pytest.Session, make: MakePlace, conf: Path, node_ids: Sequence[str]
-) -> None:
-    """Run one place; its directory with the logs is kept when something failed."""
+    For some tests pause their cluster. Directories with logs are kept when something failed.
+    """
     parent = places.ROOT / ".build" / "places"
     parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f"{make.name}-", dir=parent))
     failed = session.testsfailed
-    run_elsewhere(session, make(directory, conf), node_ids)
-    if session.testsfailed == failed:
-        shutil.rmtree(directory)
-    else:
-        say(session, f"the logs of {make.name} are in {directory}")
+    with ExitStack() as stack:
+        ready: list[tuple[Place, Sequence[str]]] = []
+        for make, node_ids in work:
+            try:
+                conf = stack.enter_context(places.ceph_conf(lambda line: say(session, line)))
+            except PlaceLost as error:
+                report_lost(session, make.name, node_ids, str(error))
+            else:
+                directory = Path(tempfile.mkdtemp(prefix=f"{make.name}-", dir=parent))
+                ready.append((make(directory, conf), node_ids))
+        for batch in [[each] for each in ready] if places.CEPH_CONF in os.environ else [ready]:
+            if not session.shouldfail:
+                run_elsewhere(session, batch)
+    for place, _ in ready:
+        if session.testsfailed == failed:
+            shutil.rmtree(place.directory)
+        else:
+            say(session, f"the logs of {place.name} are in {place.directory}")
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)

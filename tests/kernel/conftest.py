@@ -7,7 +7,6 @@ fails one test and not all that follow.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -83,7 +82,7 @@ def image(rbd: Callable[..., str]) -> Iterator[Callable[..., str]]:
     made: list[str] = []
 
     def make(size: str = "64M", *options: str) -> str:
-        spec = f"rbd/test-{os.getpid()}-{next(_NUMBERS)}"
+        spec = f"rbd/test-{os.urandom(6).hex()}"
         rbd("create", "--size", size, *options, spec)
         made.append(spec)
         return spec
@@ -95,9 +94,6 @@ def image(rbd: Callable[..., str]) -> Iterator[Callable[..., str]]:
         except AssertionError:  # few have snapshots, and here every command takes seconds
             rbd("snap", "purge", "--no-progress", spec)
             rbd("rm", "--no-progress", spec)
-
-
-_NUMBERS = itertools.count()
 
 
 @pytest.fixture
