@@ -159,19 +159,10 @@ def plan(
         elif tier is None or required is None or tier in required:
             here.append(item)
     work: list[tuple[MakePlace, list[str]]] = [
-        *((places.KernelVM, part) for part in dealt(in_vm, VMS)),
+        *((places.KernelVM, in_vm[number::VMS]) for number in range(VMS)),
         (places.Debian13, in_debian13),
     ]
     return here, [(make, node_ids) for make, node_ids in work if node_ids]
-
-
-def dealt(node_ids: Sequence[str], count: int) -> list[list[str]]:
-    """Deal tests out to so many places, file by file."""
-    files = list(dict.fromkeys(each.partition("::")[0] for each in node_ids))
-    parts: list[list[str]] = [[] for _ in range(count)]
-    for node_id in node_ids:
-        parts[files.index(node_id.partition("::")[0]) % count].append(node_id)
-    return parts
 
 
 def run_places(session: pytest.Session, work: Sequence[tuple[MakePlace, Sequence[str]]]) -> None:
