@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.conftest import DEVICES, Command
+from tests.kernel.conftest import Command
 from tests.kernel.test_take_over import process_of, succeed
 from tests.support.census import Census, census, kernel_memory, nodes, size
 from tests.support.forked import Forks, forks
@@ -71,7 +71,7 @@ def test_mapping_and_unmapping_again_and_again_leaves_nothing_behind(
     for number, random in torture.rounds(short=4, whole=500):
         if number == WARM:
             before, process, kernel = census(temporary), size(staying), kernel_memory()
-            watchers = rbd("status", spec)
+            watchers, there = rbd("status", spec), nodes()
         way, noise = random.choice(WAYS), random.randbytes(4096)
         if number % BY_COMMAND:
             device = forked.run("map", spec, *way)
@@ -87,7 +87,7 @@ def test_mapping_and_unmapping_again_and_again_leaves_nothing_behind(
     assert after[:2] == process[:2]
     assert after.memory - process.memory < GROWTH_KIB
     assert kernel_memory() - kernel < GROWTH_KIB
-    assert len(nodes()) == DEVICES
+    assert nodes() == there
     assert rbd("status", spec) == watchers == "Watchers: none\n"
     assert json.loads(rbd("lock", "ls", "--format", "json", spec)) == []
 
@@ -104,7 +104,7 @@ def test_many_images_are_mapped_at_once_and_unmapped_at_once(
     count = 20 if torture.whole else 3
     specs = [image("16M") for _ in range(count)]
     forked.run("list-mapped")
-    before, process = census(temporary), size(staying)
+    before, process, there = census(temporary), size(staying), len(nodes())
     for _, random in torture.rounds(short=1, whole=5):
         maps = {spec: forked.start("map", spec, *random.choice(WAYS)) for spec in specs}
         ended = {spec: each.ended() for spec, each in maps.items()}
@@ -121,7 +121,7 @@ def test_many_images_are_mapped_at_once_and_unmapped_at_once(
             each.gone()
     left_as_it_was(temporary, before)
     assert size(staying)[:2] == process[:2]
-    assert len(nodes()) == max(DEVICES, count + 1)  # the kernel keeps those that it had to make
+    assert len(nodes()) == max(there, count + 1)  # the kernel keeps those that it had to make
     for spec in specs:
         assert rbd("status", spec) == "Watchers: none\n"
 

@@ -97,8 +97,8 @@ def test_settings_are_read_and_the_last_of_a_kind_counts():
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("wbt_lat_usec=0", ", ".join(SETTINGS)),
-        ("../../nbd1/queue/rotational=0", ", ".join(SETTINGS)),
+        ("wbt_lat_usec=0", None),
+        ("../../nbd1/queue/rotational=0", None),
         ("rotational", "0 to 1"),
         ("rotational=2", "0 to 1"),
         ("nr_requests=3", "4 to 2048"),
@@ -110,7 +110,10 @@ def test_settings_are_read_and_the_last_of_a_kind_counts():
 def test_a_setting_that_no_kernel_takes_is_refused(word, expected):
     with pytest.raises(UsageError) as refused:
         parse_settings([word])
-    assert refused.value.message == f"invalid queue setting {word!r}: expected {expected}"
+    assert (
+        refused.value.message
+        == f"invalid queue setting {word!r}: expected {expected or ', '.join(SETTINGS)}"
+    )
 
 
 def test_the_timer_of_requests_is_set(fake, queue):
