@@ -275,7 +275,7 @@ def _ready(show_cookie: bool) -> Callable[[str, str], None]:
     def ready(device: str, cookie: str) -> None:
         whole = f"{device} {cookie}"
         printed = whole if show_cookie else device
-        daemon.ready(STATUS=whole, X_RBDNBD_DEVICE=device, X_RBDNBD_PRINTED=printed)
+        daemon.ready(STATUS=whole, X_RBDNBD_PRINTED=printed)
         if not daemon.in_background():
             click.echo(printed)
 

@@ -65,6 +65,10 @@ class NoFreeDevice(RbdnbdError):
     """Every device is in use."""
 
 
+class NotFlushed(RbdnbdError):
+    """What a device caches cannot be written out."""
+
+
 class CookieMismatch(RbdnbdError):
     """The device is not the mapping that the cookie is of."""
 

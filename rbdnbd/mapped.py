@@ -21,7 +21,7 @@ from rbdnbd import daemon
 from rbdnbd.cluster import default_pool
 from rbdnbd.control import RUN_DIR, Document, mappings
 from rbdnbd.devices import NbdDevices
-from rbdnbd.errors import Busy, NoProcess, NotMapped, RbdnbdError
+from rbdnbd.errors import Busy, NoProcess, NotFlushed, NotMapped, RbdnbdError
 from rbdnbd.kernel import NbdDriver
 from rbdnbd.record import Ownership, Record, find, owned
 from rbdnbd.spec import ClusterOptions, ImageSpec
@@ -113,7 +113,7 @@ def unmap(
         release = partial(driver.release, index, force=force, flush_limit=limit)
         try:
             _said_if_slow(release, say, f"writing out what {driver.devices.path(index)} caches")
-        except RbdnbdError:
+        except NotFlushed:
             if not _blocklisted(index, driver.devices, run_dir):
                 raise
             say("this client was blocklisted: what is not written yet is lost")

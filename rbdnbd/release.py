@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 from rbdnbd.devices import NbdDevices
-from rbdnbd.errors import Busy, NotMapped, RbdnbdError
+from rbdnbd.errors import Busy, NotFlushed, NotMapped, RbdnbdError
 from rbdnbd.ioctl import NbdIoctls, open_device, opened
 from rbdnbd.netlink import FamilyNotFoundError, NbdFamily
 
@@ -122,7 +122,7 @@ class Releaser:
         if flush.error and not force and limit != 0.0:
             message = f"cannot flush {device}: {flush.error.strerror}"
             advice = "--force gives up what is not written yet"
-            raise RbdnbdError(f"{message} ({advice})", flush.error.errno or errno.EIO)
+            raise NotFlushed(f"{message} ({advice})", flush.error.errno or errno.EIO)
         if flush.error or flush.is_alive():
             log.warning("%s is disconnected before all of it was written", device)
         self.disconnect(index)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,27 +51,20 @@ def nbd_module() -> None:
 @pytest.fixture(scope="session")
 def rbd(ceph_conf: Path) -> Callable[..., str]:
     """Run Ceph's own rbd command on the cluster and return what it prints."""
-
-    def run(*arguments: str) -> str:
-        argv = ["rbd", "--conf", str(ceph_conf), *arguments]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"rbd {' '.join(arguments)}: {done.stderr}"
-        return done.stdout
-
-    return run
+    return partial(_printed, "rbd", ceph_conf)
 
 
 @pytest.fixture
 def ceph(ceph_conf: Path) -> Callable[..., str]:
     """Run Ceph's own ceph command on the cluster and return what it prints."""
+    return partial(_printed, "ceph", ceph_conf)
 
-    def run(*arguments: str) -> str:
-        argv = ["ceph", "--conf", str(ceph_conf), *arguments]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"ceph {' '.join(arguments)}: {done.stderr}"
-        return done.stdout
 
-    return run
+def _printed(program: str, conf: Path, *arguments: str) -> str:
+    argv = [program, "--conf", str(conf), *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{program} {' '.join(arguments)}: {done.stderr}"
+    return done.stdout
 
 
 @pytest.fixture

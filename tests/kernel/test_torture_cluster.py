@@ -29,13 +29,8 @@ Ceph = Callable[..., str]
 
 
 @pytest.fixture
-def ceph(ceph_conf: Path) -> Iterator[Ceph]:
+def ceph(ceph: Ceph) -> Iterator[Ceph]:
     """Run Ceph's own command; at the end the cluster has to be as it was."""
-
-    def ceph(*words: str) -> str:
-        argv = ["ceph", "--conf", str(ceph_conf), *words]
-        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-
     yield ceph
     dump = json.loads(ceph("osd", "dump", "--format", "json"))
     if "pause" in dump["flags"]:
